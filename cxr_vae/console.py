@@ -1,0 +1,68 @@
+"""What a person sees while a stage works: a bar on a terminal, now and then a line in a log file."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts up to `total` on stderr: a tqdm bar where that is a terminal, else a line every ten seconds.
+
+    With `enabled=False` (the ranks other than the first) it prints nothing.
+    """
+
+    def __init__(self, total: int, what: str, *, unit: str = "image", done: int = 0, enabled: bool = True) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done = self.done_at_start = done
+        self.started = self.printed = time.monotonic()
+        self.bar = None
+        self.enabled = enabled
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note` stands behind the figures."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+        elif self.enabled and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+            self.printed = time.monotonic()
+            print(self.line(note), file=sys.stderr, flush=True)
+
+    def line(self, note: str = "") -> str:
+        """`train: 320/5216 images, 104.2 images/s, 0:47 left, loss 612.3`."""
+        speed = (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
+        left = clock((self.total - self.done) / speed) if speed else "?"
+        figures = f"{self.what}: {self.done}/{self.total} {self.unit}s, {speed:.1f} {self.unit}s/s, {left} left"
+        return figures + (f", {note}" if note else "")
+
+    def say(self, text: str) -> None:
+        """A line on stdout that doesn't tear the bar."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    """`0:47`, `12:05`, `3:20:00`."""
+    return (
+        str(tqdm.format_interval(seconds)).removeprefix("0") if seconds < 3600 else str(tqdm.format_interval(seconds))
+    )
