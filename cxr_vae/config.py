@@ -1,12 +1,17 @@
 """Every option of a run: its default, its meaning, its limits. `config_file` reads and writes them."""
 
-from typing import Any, Literal
+import os.path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 MAY_CHANGE: JsonDict = {"may_change": True}
 """Marks what a resumed run may have changed: it does not enter the result, or only as the user then wants."""
+
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path as text; ~ is the home directory."""
 
 
 class Section(BaseModel):
@@ -18,12 +23,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images come from, and in which form they are kept and read."""
 
-    source: str | None = Field(
+    source: PathText | None = Field(
         None,
         description="folder of X-rays (split/class/*.jpg|jpeg|png), read by the shard stage only",
         json_schema_extra=MAY_CHANGE,
     )
-    shards: str = Field("shards", description="directory of the shards", json_schema_extra=MAY_CHANGE)
+    shards: PathText = Field("shards", description="directory of the shards", json_schema_extra=MAY_CHANGE)
     image_size: int = Field(224, ge=8, le=4096, description="height and width in pixels")
     fit: Literal["stretch", "letterbox", "crop"] = Field("stretch", description="how other aspect ratios become square")
     format: Literal["png", "jpg", "raw"] = Field("png", description="how shards store images; png and raw are lossless")
@@ -144,7 +149,7 @@ def _free_section(kind: type[Section]) -> Any:
 class Config(Section):
     """One run, from the folder of X-rays to the figures."""
 
-    run_dir: str = Field(
+    run_dir: PathText = Field(
         "runs/reference", min_length=1, description="everything about a run", json_schema_extra=MAY_CHANGE
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of the images and all noise")

@@ -25,7 +25,8 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note` stands behind the figures."""
+        """`count` more are done (at most up to the total); `note` stands behind the figures."""
+        count = min(count, self.total - self.done)
         self.done += count
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)

@@ -40,7 +40,7 @@ REJECTED = "rejected.csv"
 def write_shards(
     source: Path,
     out: Path,
-    preprocessing: Preprocessing = Preprocessing(),
+    preprocessing: Preprocessing,
     *,
     max_rejected: float = 0.01,
     workers: int | None = None,
@@ -131,7 +131,7 @@ def _claim(out: Path, fingerprint: str) -> bool:
         plan.parent.mkdir(parents=True)
     if not plan.is_file() or read_json(plan, hint=f"delete {out}") != fingerprint:
         # Unfinished, of a source that has changed since: ours to begin anew.
-        for path in [*plan.parent.iterdir(), *out.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar")]:
+        for path in [*plan.parent.iterdir(), *out.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*")]:
             path.unlink()
         write_json(plan, fingerprint)
     return False

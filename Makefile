@@ -1,0 +1,50 @@
+# Everything a newcomer types. `make demo` and `make test` install what they need into .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint type test-only clean
+
+help:
+	@echo "make demo                          the whole job on drawn phantoms, about 3 minutes on 2 cores"
+	@echo "make demo DATA=/path/to/chest_xray the same on a real folder (split/class/*.jpeg)"
+	@echo "make test                          lint, types and every test"
+	@echo "make lint | type | test-only       one of them"
+	@echo "make clean                         removes what the demo made, not .venv"
+
+# The stamps make the installation happen once, and again when pyproject.toml changes.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 …"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "venv is missing: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@if [ -z "$(DATA)" ]; then \
+	    $(BIN)/cxr-vae phantom demo/phantoms/images && $(BIN)/cxr-launch pipeline configs/demo.yaml; \
+	else \
+	    name=$$(basename "$(DATA)") && $(BIN)/cxr-launch pipeline configs/demo.yaml "data.source=$(DATA)" \
+	        "data.shards=demo/$$name/shards" "run_dir=demo/$$name/run"; \
+	fi
+
+test: lint type test-only
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+test-only: $(VENV)/installed-dev
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf demo

@@ -1,0 +1,153 @@
+"""Sharded checkpoints that are whole or not there: torch.distributed.checkpoint in a directory published by a rename.
+
+Every rank writes its part into `step-….tmp`; then the first rank adds `manifest.json` with the size and SHA-256 of each
+file, and renames the directory. Nothing published is modified afterwards. Loading takes the newest directory that
+verifies, at any number of ranks.
+"""
+
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from cxr_vae import __version__
+from cxr_vae.distributed import World
+from cxr_vae.errors import UserError
+from cxr_vae.files import read_json, sha256_of, sync_directory, write_json
+from cxr_vae.state import TrainState
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{10})")
+
+# One process needs no process group; torch warns of what is meant so.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, `step-0000000500` and so on."""
+
+    directory: Path
+    world: World
+    keep: int
+    identity: Mapping[str, Any]
+    """What a checkpoint belongs to (the configuration, the index hash), kept in its manifest."""
+
+    def save(self, state: TrainState) -> None:
+        """Writes and publishes the state, all ranks together; then removes all but the newest `keep`."""
+        final = self.directory / f"step-{state.step:010d}"
+        temporary = final.with_suffix(".tmp")
+        if self.world.is_main and not final.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if self.world.broadcast(final.exists()):
+            return
+        try:
+            dcp_save(
+                state.state_dict(),
+                storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
+                no_dist=not dist.is_initialized(),
+            )
+        except CheckpointException as error:  # derives from BaseException
+            causes = [failure for failure, _ in error.failures.values()]
+            if all(isinstance(cause, OSError) for cause in causes):
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise UserError(
+                    f"{temporary}: the checkpoint can't be written ({causes[0]}); earlier ones are whole; "
+                    "make room and run the same command again"
+                ) from None
+            raise
+        if self.world.is_main:
+            self._publish(temporary, final, state)
+            self._prune()
+        self.world.barrier()
+
+    def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
+        """Loads the newest checkpoint that verifies into `state`.
+
+        Returns its name (None: there is none, the state is untouched) and a sentence for each that was skipped.
+        """
+        name, skipped = self.world.broadcast(self._newest_whole() if self.world.is_main else None)
+        if name is None:
+            return None, skipped
+        tensors = state.state_dict()
+        dcp_load(
+            tensors,
+            storage_reader=FileSystemReader(self.directory / name),
+            no_dist=not dist.is_initialized(),
+        )
+        state.load_state_dict(tensors)
+        return name, skipped
+
+    def names(self) -> list[str]:
+        """Published checkpoints, newest first."""
+        found = self.directory.iterdir() if self.directory.is_dir() else iter(())
+        return sorted((path.name for path in found if NAME.fullmatch(path.name)), reverse=True)
+
+    def _publish(self, temporary: Path, final: Path, state: TrainState) -> None:
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
+        }
+        manifest = {
+            "step": state.step,
+            "samples_seen": state.samples_seen,
+            "world_size": self.world.size,
+            "versions": {"cxr_vae": __version__, "torch": torch.__version__},
+            **self.identity,
+            "files": files,
+        }
+        write_json(temporary / MANIFEST, manifest)
+        sync_directory(temporary)
+        temporary.rename(final)
+        sync_directory(self.directory)
+
+    def _prune(self) -> None:
+        for name in self.names()[self.keep :]:
+            shutil.rmtree(self.directory / name)
+
+    def _newest_whole(self) -> tuple[str | None, list[str]]:
+        skipped: list[str] = []
+        for name in self.names():
+            fault = find_fault(self.directory / name, self.identity)
+            if fault is None:
+                return name, skipped
+            skipped.append(f"{self.directory / name} skipped: {fault}")
+        return None, skipped
+
+
+def find_fault(path: Path, identity: Mapping[str, Any]) -> str | None:
+    """Why the checkpoint at `path` can't be used, in a few words; None where it is whole, every byte of it.
+
+    Raises UserError where it is whole but of other data than `identity` names: no older checkpoint would be right.
+    """
+    try:
+        manifest = read_json(path / MANIFEST, hint="")
+        files, index_hash = manifest["files"], manifest["index_hash"]
+    except UserError:
+        return f"its {MANIFEST} is missing or damaged"
+    except (KeyError, TypeError):
+        return f"its {MANIFEST} is not a checkpoint's"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if sha256_of(file) != expected["sha256"]:
+            return f"{name} is damaged (its SHA-256 is not the manifest's)"
+    if index_hash != identity["index_hash"]:
+        raise UserError(
+            f"{path} was trained on other images than data.shards holds now (another index hash): "
+            "restore those shards or choose another run_dir"
+        )
+    return None

@@ -1,0 +1,74 @@
+"""What the commands of this project have in common: help that shows defaults, mistakes told in one sentence."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cxr_vae.errors import UserError
+
+Command = Callable[[argparse.Namespace], int]
+
+OVERRIDES_HELP = "options by their dotted key, such as train.epochs=2 (`cxr-vae config` lists them all)"
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses arguments, among which options and `key=value` may come in any order.
+
+    argparse alone takes `key=value` only where they follow one another.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in late]
+    if unknown or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or late)}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
+    return arguments
+
+
+def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
+    """Calls a command and turns what a user can mend into one sentence on stderr (of the first rank only)."""
+    try:
+        return command(arguments)
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
+        if error.filename is None and error.errno is None:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from where it was"
+    if rank() == 0:
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def rank() -> int:
+    """This process's rank under torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except the None that means "not given"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_command(commands: Any, name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:
+    """A command whose help shows its defaults and an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text.partition(".")[0], description=text, epilog=f"example: {example}", formatter_class=_Help
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The `key=value` arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)

@@ -1,0 +1,140 @@
+"""The processes of a stage, one or many: who am I, which part is mine, what do we have together.
+
+Knows torch.distributed and the environment variables torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT), nothing of any scheduler: whoever starts the processes sets those.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from cxr_vae.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` processes, `local_size` of them on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def slice(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's contiguous part of start…stop; parts differ by one at the most and cover it exactly once."""
+        count = stop - start
+        return start + count * self.rank // self.size, start + count * (self.rank + 1) // self.size
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds up a tensor over the ranks, in place; the same result on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; the same answer on every rank, without a GPU."""
+        return bool(self.sum_(torch.tensor(int(flag))).item()) if self.size > 1 else flag
+
+    def average_buffers(self, module: nn.Module) -> None:
+        """Makes the floating-point buffers of the ranks' copies of `module` equal: their mean over the ranks."""
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.size == 1 or not buffers:
+            return
+        vector = parameters_to_vector(buffers)
+        vector_to_parameters(self.sum_(vector) / self.size, buffers)
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value of a small picklable object, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable object in rank order, on the first rank; None on the others."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, box, dst=0)
+        return box
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            self.sum_(torch.zeros(1))  # on the CPU: NCCL's barrier takes a device and a stream
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over the ranks; buffers are `average_buffers`' business."""
+        if self.size == 1:
+            return module
+        # torch 2.15 renamed broadcast_buffers to forward_sync_buffers.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        keep_buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **keep_buffers)
+
+
+def gradients_stay_local(module: nn.Module) -> AbstractContextManager[None]:
+    """Context in which `parallel`'s module only adds up gradients: all micro-batches of a step but the last."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Joins the processes that torchrun (or a launcher that speaks its variables) started; alone without them.
+
+    `device`: cpu, cuda or auto (the GPU, if any). Tensors on GPUs go through NCCL, those on the CPU through gloo.
+    On the CPU each rank takes its share of the cores this process may use.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = World(rank, size, local_rank, local_size, _device(device, local_rank))
+    if here.device.type == "cuda":
+        torch.cuda.set_device(here.device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if size == 1:
+        yield here
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if here.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield here
+    # Not in a `finally`: after an error the other ranks may hang in a collective, and destroying would wait for them.
+    dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; use device=auto or cpu, or install torch's CUDA build")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def rank_from_environment() -> int:
+    """This process's rank, without joining the others: for what is printed before."""
+    return int(os.environ.get("RANK", 0))
+
+
+def even_parts(tensors: Sequence[Tensor], count: int) -> Iterator[tuple[Tensor, ...]]:
+    """Splits tensors of equal length into `count` parts along their first axis, whose sizes differ by one at most."""
+    yield from zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)

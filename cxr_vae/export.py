@@ -1,0 +1,43 @@
+"""Trained weights in one file that carries its configuration and runs no code when it is read (safetensors)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cxr_vae.config import Config
+from cxr_vae.errors import UserError
+from cxr_vae.files import write_atomically
+from cxr_vae.models import VAE, build_model
+
+FINAL = "vae_final.safetensors"
+
+
+PATHS: Any = {"run_dir": True, "resources": True, "data": {"source", "shards"}}
+"""Of the configuration, what stays out of the file: paths and resources of the machine that trained."""
+
+
+def save_vae(path: Path, model: VAE, config: Config, **facts: str | int) -> None:
+    """Writes the weights with the configuration and `facts` (such as the step) as metadata, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # One entry: safetensors doesn't keep the order of several, and equal weights should give equal files.
+    metadata = {"cxr_vae": json.dumps({"config": config.model_dump(exclude=PATHS), **facts}, sort_keys=True)}
+    write_atomically(path, save(tensors, metadata))
+
+
+def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, Config]:
+    """The network in evaluation mode and its configuration, from a file that `save_vae` wrote."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            config = Config.model_validate(json.loads(file.metadata()["cxr_vae"])["config"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it is written when training has finished") from None
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not a file of trained weights, or damaged; train again to write it anew") from None
+    model = build_model(config).to(device)
+    model.load_state_dict(tensors)
+    return model.eval(), config

@@ -1,0 +1,90 @@
+"""New images from a trained model: `cxr-vae generate`."""
+
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cxr_vae.console import Progress
+from cxr_vae.distributed import World, world
+from cxr_vae.errors import UserError
+from cxr_vae.export import load_vae
+from cxr_vae.files import read_json, sha256_of, write_json
+from cxr_vae.models import VAE
+from cxr_vae.noise import BLOCK, normal
+from cxr_vae.pictures import save_png, to_uint8
+from cxr_vae.run_dir import RunDir
+
+MARKER = "images.json"
+"""Says what the PNGs beside it were made from."""
+
+
+def generate(run: RunDir, out: Path, num: int, *, seed: int | None = None, device: str = "auto") -> Path:
+    """Writes `num` images 000000.png … of the run's model into `out`, on one or more ranks.
+
+    Image i is a function of (weights, seed, i), so more can be added later. Raises UserError where the run has no
+    weights yet or `out` holds anything else.
+    """
+    with world(device) as here:
+        model, config = load_vae(run.weights, here.device)
+        seed = config.seed if seed is None else seed
+        if here.is_main:
+            claim(out, {"weights_sha256": sha256_of(run.weights), "seed": seed}, replace=False)
+        here.barrier()
+        with Progress(num, "generate", enabled=here.is_main) as progress, ThreadPoolExecutor(4) as pool:
+            for start in my_blocks(num, here):
+                images = sample(model, seed, start, min(start + BLOCK, num), here.device)
+                write_images(out, start, images, pool)
+                progress.advance(len(images) * here.size)
+        here.barrier()
+    return out
+
+
+@torch.inference_mode()
+def sample(model: VAE, seed: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """Samples start…stop of the standard normal prior as (n, 1, H, W) uint8 on the CPU; one block at the most.
+
+    `start` is the first of a block, and a whole block is decoded whatever is asked for, so that a sample has the same
+    bits however many there are and whichever rank draws it.
+    """
+    latents = normal(seed, "generate", start, start + BLOCK, model.latent_shape, device)
+    return to_uint8(model.decode(latents).sigmoid())[: stop - start].cpu()
+
+
+def my_blocks(num: int, here: World) -> range:
+    """First positions of this rank's blocks among `num` positions."""
+    first, last = here.slice(0, -(-num // BLOCK))
+    return range(first * BLOCK, last * BLOCK, BLOCK)
+
+
+def write_images(folder: Path, start: int, images: Tensor, pool: ThreadPoolExecutor) -> None:
+    """Images (n, 1, H, W) uint8 as PNGs numbered from `start`."""
+    paths = (folder / f"{start + number:06d}.png" for number in range(len(images)))
+    list(pool.map(save_png, paths, images[:, 0]))
+
+
+def claim(folder: Path, identity: dict[str, Any], *, replace: bool) -> None:
+    """Makes `folder` a place for numbered PNGs made from `identity`.
+
+    Where it holds images of another identity they are removed with `replace`, else UserError is raised; anything
+    that isn't ours always raises it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a new or empty folder for the images")
+    marker = folder / MARKER
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = sorted(name for name in present if not re.fullmatch(r"\d{6}\.png|images\.json|\.images\.json\.tmp", name))
+    if foreign or (present and not marker.is_file() and any(name.endswith(".png") for name in present)):
+        raise UserError(
+            f"{folder} holds something else ({(foreign or sorted(present))[0]}); name a new or empty folder"
+        )
+    if marker.is_file() and read_json(marker, hint=f"delete {folder}") != identity:
+        if not replace:
+            raise UserError(f"{folder} holds images of other weights or another seed; name a new or empty folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(marker, identity)

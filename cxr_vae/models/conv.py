@@ -1,0 +1,60 @@
+"""`conv`, the reference: stride-2 convolutions with batch norm down to a vector, and their mirror back."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from cxr_vae.config import ModelConfig
+from cxr_vae.models.base import VAE
+
+
+class ConvVAE(VAE):
+    """Convolutional VAE with a latent vector; with the defaults 224 → 7 pixels a side and 15,235,137 parameters.
+
+    Each stage of the encoder halves the side (4 × 4 kernels, stride 2), batch norm, ReLU; two linear heads give mean
+    and log-variance; a linear layer and the mirrored transposed convolutions lead back, the last to one channel of
+    logits without norm.
+    """
+
+    def __init__(self, config: ModelConfig, image_size: int) -> None:
+        super().__init__()
+        widths = config.channels
+        self.latent_shape = (config.latent_dim,)
+        self.smallest = (widths[-1], *[image_size >> len(widths)] * 2)
+        num_features = self.smallest[0] * self.smallest[1] * self.smallest[2]
+
+        self.encoder = nn.Sequential(
+            *(_down(*pair) for pair in pairwise([1, *widths])),
+            nn.Flatten(),
+        )
+        self.to_mean = nn.Linear(num_features, config.latent_dim)
+        self.to_logvar = nn.Linear(num_features, config.latent_dim)
+        back = widths[::-1]
+        self.decoder = nn.Sequential(
+            nn.Linear(config.latent_dim, num_features),
+            nn.Unflatten(1, self.smallest),
+            *(_up(*pair) for pair in pairwise(back)),
+            nn.ConvTranspose2d(back[-1], 1, kernel_size=4, stride=2, padding=1),
+        )
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See VAE.encode."""
+        features = self.encoder(images)
+        return self.to_mean(features), self.to_logvar(features)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See VAE.decode."""
+        logits: Tensor = self.decoder(latents)
+        return logits
+
+
+def _down(num_in: int, num_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(num_in, num_out, kernel_size=4, stride=2, padding=1), nn.BatchNorm2d(num_out), nn.ReLU()
+    )
+
+
+def _up(num_in: int, num_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(num_in, num_out, kernel_size=4, stride=2, padding=1), nn.BatchNorm2d(num_out), nn.ReLU()
+    )

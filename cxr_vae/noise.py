@@ -1,0 +1,38 @@
+"""Random numbers that are a function of (seed, purpose, position), so that none is ever saved.
+
+Positions are drawn in blocks of a fixed size, each with a generator seeded by the hash of (seed, purpose, block). So
+the number at a position depends on nothing else: not on the batch it falls in, the rank that asks or what was drawn
+before. Within a machine type and torch version the bits are the same too.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 64
+
+PURPOSES = ("weights", "train", "test", "grid", "generate")
+"""Streams of numbers that must not depend on one another."""
+
+
+def seed_of(seed: int, purpose: str, block: int = 0) -> int:
+    """A 64-bit seed: the hash of the arguments (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence([seed, PURPOSES.index(purpose), block]).generate_state(1, np.uint64)[0])
+
+
+def normal(
+    seed: int, purpose: str, start: int, stop: int, shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal float32 noise (stop - start, *shape) of the positions start…stop of a stream."""
+    if stop <= start:
+        return torch.empty(0, *shape, device=device)
+    first, last = start // BLOCK, (stop - 1) // BLOCK
+    generator = torch.Generator(device)
+    blocks = []
+    for block in range(first, last + 1):
+        generator.manual_seed(seed_of(seed, purpose, block))
+        blocks.append(torch.randn(BLOCK, *shape, generator=generator, device=device))
+    noise = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return noise[start - first * BLOCK : stop - first * BLOCK]

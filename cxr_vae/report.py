@@ -1,0 +1,66 @@
+"""A run in a screenful: `cxr-vae report`, and what the pipeline prints at its end."""
+
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from cxr_vae.features import NO_FID
+from cxr_vae.files import read_json
+from cxr_vae.run_dir import RunDir
+from cxr_vae.run_log import read_epochs, read_records
+
+TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
+
+
+def report(run: RunDir) -> str:
+    """Losses, speed and figures of a run as text, and which pictures to open."""
+    run.saved_config()
+    parts = [losses_table(run)]
+    if run.results.is_file():
+        results = read_json(run.results, hint="evaluate again")
+        parts += [figures_table(results)]
+    pictures = [run.curves, *newest_grids(run), run.evaluation / "generated", run.results]
+    parts += ["Look at:\n" + "\n".join(f"  {path}" for path in pictures if path.exists())]
+    return "\n\n".join(parts)
+
+
+def losses_table(run: RunDir) -> str:
+    """First and last epoch, train and test."""
+    epochs = read_epochs(run)
+    if not epochs:
+        return f"{run.path}: no epoch is finished yet"
+    rows = []
+    for record in dict.fromkeys((0, len(epochs) - 1)):
+        for split in ("train", "test"):
+            losses = epochs[record][split]
+            rows.append([epochs[record]["epoch"], split, *losses.values()])
+    speeds = [record["images_per_s"] for record in read_records(run.speed)]
+    speed = f"; median {sorted(speeds)[len(speeds) // 2]:.0f} images/s" if speeds else ""
+    headers = ["epoch", "split", "loss", "reconstruction", "KL", "bits/dim"]
+    table = tabulate(rows, headers, floatfmt=("d", "", ".1f", ".1f", ".1f", ".4f"))
+    return f"{run.path}: training, nats an image{speed}\n\n{table}"
+
+
+def figures_table(results: dict[str, Any]) -> str:
+    """Each figure with its interval and floor, the circumstances below."""
+    rows = []
+    for name, figure in results["figures"].items():
+        value, low, high, floor = (
+            f"{number:.4g}" for number in (figure["value"], *figure["interval_95"], figure["floor"])
+        )
+        rows.append([TITLES.get(name, name), value, f"{low} … {high}", floor])
+    table = tabulate(rows, ["figure", "generated", "95 % interval", "floor (real images)"], disable_numparse=True)
+    features = results["features"]
+    what = f"{results['num_generated']} generated images against {results['num_real']} real ones"
+    lines = [f"{what} ({results['real']['split']} split), features: {features['network']}\n\n{table}"]
+    if features["network"] == "random":
+        lines.append(NO_FID)
+    return "\n\n".join(lines)
+
+
+def newest_grids(run: RunDir) -> list[Path]:
+    """The last sample grid and the last reconstruction grid."""
+    return [
+        path for kind in ("samples", "reconstructions") for path in sorted((run.path / kind).glob("epoch_*.png"))[-1:]
+    ]
