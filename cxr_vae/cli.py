@@ -52,7 +52,7 @@ def _add_phantom(commands: Any) -> None:
 
 def phantom(arguments: argparse.Namespace) -> int:
     """`cxr-vae phantom`."""
-    from cxr_vae.phantom import write_phantoms
+    from cxr_vae.phantom_set import write_phantoms
 
     counts = write_phantoms(arguments.out, arguments.num, arguments.seed, workers=arguments.workers)
     print(f"{arguments.out}: {sum(sum(split.values()) for split in counts.values())} phantoms, {in_words(counts)}")

@@ -1,6 +1,7 @@
 """What the commands of this project have in common: help that shows defaults, mistakes told in one sentence."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,9 +39,11 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
-        if error.filename is None and error.errno is None:
+        if error.filename is None:
             raise
-        message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        message = f"{error.filename}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += "; what is finished is kept: make room and run the same command again"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from where it was"
     if rank() == 0:

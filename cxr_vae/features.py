@@ -75,9 +75,7 @@ def choose_network(wanted: str) -> str:
         inception_weights.fetch_weights(timeout_s=10)
     except UserError as error:
         reason = str(error).partition(": run ")[0]
-        print(
-            f"features=auto: no Inception weights in the cache, and {reason}; random ones take their place", flush=True
-        )
+        print(f"features=auto: no Inception weights here ({reason}); random ones instead", flush=True)
         return "random"
     return "inception"
 

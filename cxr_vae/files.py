@@ -18,9 +18,14 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise naming(path, error) from None
+
+
+def naming(path: Path, error: OSError) -> OSError:
+    """The error with the file it befell: a full disk doesn't say by itself what it had no room for."""
+    return OSError(error.errno, error.strerror, error.filename or str(path))
 
 
 def write_json(path: Path, value: Any) -> None:

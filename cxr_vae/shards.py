@@ -9,12 +9,10 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +27,7 @@ from cxr_vae.files import read_json, sha256_of, sync_directory, write_atomically
 from cxr_vae.index import FORMAT_VERSION, MANIFEST, ShardDirectory, concatenate, save_columns
 from cxr_vae.sources import Layout, keys_of, patient_of, scan
 from cxr_vae.tars import PARTS, Entry, Preprocessing, Shard, read_part, write_tar
+from cxr_vae.workers import worker_pool
 
 MIN_SHARDS = 64  # so that ranks and loader workers get equal shares ...
 MIN_PER_SHARD = 16  # ... where there are images enough,
@@ -151,28 +150,15 @@ def _write_all(shards: list[Shard], allowed: int, workers: int, num_images: int)
         else:
             missing.append(shard)
     done = num_images - sum(len(shard.entries) for shard in missing)
-    with Progress(num_images, "shard", done=done) as progress, _pool(min(workers, len(missing) or 1)) as pool:
+    with Progress(num_images, "shard", done=done) as progress, worker_pool(min(workers, len(missing) or 1)) as pool:
         futures = {pool.submit(write_tar, shard): shard for shard in missing}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                rejected += read_part(futures[future]).rejected
-                progress.advance(len(futures[future].entries), f"{len(rejected)} rejected" if rejected else "")
-                if len(rejected) > allowed:
-                    break
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for future in as_completed(futures):
+            future.result()
+            rejected += read_part(futures[future]).rejected
+            progress.advance(len(futures[future].entries), f"{len(rejected)} rejected" if rejected else "")
+            if len(rejected) > allowed:
+                break
     return sorted(rejected, key=lambda row: os.fsencode(row[0]))
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Spawned, not forked: they start clean of the parent's threads. Ctrl-C is the parent's business."""
-    return ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

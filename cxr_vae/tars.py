@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from safetensors.numpy import load_file
 
-from cxr_vae.files import sha256_of
+from cxr_vae.files import naming, sha256_of
 from cxr_vae.images import Fit, UnreadableImageError, decode_grey, to_square
 from cxr_vae.index import Columns, columns_of, save_columns
 
@@ -78,7 +78,7 @@ def write_tar(shard: Shard) -> None:
     try:
         with temporary.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for entry, outcome in _read_entries(shard):
+                for entry, outcome in read_entries(shard):
                     if isinstance(outcome, str):
                         rejected.append((entry.path, outcome))
                     else:
@@ -87,15 +87,15 @@ def write_tar(shard: Shard) -> None:
             os.fsync(file.fileno())
         digest = np.frombuffer(bytes.fromhex(sha256_of(temporary)), np.uint8)
         temporary.replace(shard.tar)
-    except BaseException:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise naming(shard.tar, error) from None
     columns = columns_of(rows) if rows else {}
     notes = np.frombuffer(json.dumps(rejected).encode(), np.uint8)
     save_columns(shard.part, columns | {"tar_sha256": digest, "rejected": notes})
 
 
-def _read_entries(shard: Shard) -> Iterator[tuple[Entry, dict[str, Any] | str]]:
+def read_entries(shard: Shard) -> Iterator[tuple[Entry, dict[str, Any] | str]]:
     """Each entry with its square image and facts about the original, or with the reason why there is none."""
     for entry in shard.entries:
         path = Path(shard.root, entry.path)

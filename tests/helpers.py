@@ -1,0 +1,99 @@
+"""What several tests need: images to shard, commands in their own processes, checks under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+TINY = ("image_size=32", "model.channels=[8, 16]", "latent_dim=4", "batch_size=14", "log_every=1", "device=cpu")
+"""Options of a model and a run that train in seconds."""
+
+Mistake = tuple[int, str]
+
+
+def draw_source(root: Path, counts: dict[str, tuple[int, int]], seed: int = 0) -> None:
+    """Smooth grey JPEGs: counts[split] = (NORMAL, PNEUMONIA), with Kaggle's names."""
+    rng = np.random.default_rng(seed)
+    number = 0
+    for split, (num_normal, num_pneumonia) in counts.items():
+        for label, count in (("NORMAL", num_normal), ("PNEUMONIA", num_pneumonia)):
+            folder = root / split / label
+            folder.mkdir(parents=True, exist_ok=True)
+            for _ in range(count):
+                number += 1
+                name = f"IM-{number:04d}-0001" if label == "NORMAL" else f"person{number // 2}_bacteria_{number}"
+                draw_image(rng, brighter=label == "PNEUMONIA").save(folder / f"{name}.jpeg", quality=92)
+
+
+def draw_image(rng: np.random.Generator, *, brighter: bool = False) -> Image.Image:
+    """A bright body with two dark fields, of a random size, plus noise."""
+    width, height = int(rng.integers(60, 140)), int(rng.integers(60, 110))
+    x, y = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
+    picture = 200 * np.exp(-((x / 0.8) ** 4) - (y / 1.2) ** 4)
+    for side in (-0.4, 0.4):
+        centre = side + rng.normal(0, 0.05)
+        picture -= (80 if brighter else 130) * np.exp(-(((x - centre) / 0.22) ** 2) - ((y / 0.6) ** 2))
+    picture = picture * rng.uniform(0.8, 1.1) + rng.normal(0, 4, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment for a command of ours: without a surrounding torchrun's variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_", "LOCAL_"))}
+    return kept | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | extra
+
+
+def command(program: str, *arguments: Any, ranks: int = 1) -> list[str]:
+    """`cxr-vae …` or `cxr-launch …`, under torchrun where there is more than one rank."""
+    module = {
+        "cxr-vae": ["-m", "cxr_vae"],
+        "cxr-launch": ["-c", "from launch.cli import main; raise SystemExit(main())"],
+    }
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *many, *module[program], *map(str, arguments)]
+
+
+def cxr_vae(*arguments: Any, ranks: int = 1, program: str = "cxr-vae") -> "subprocess.CompletedProcess[str]":
+    """Runs a command in its own process; returns it with its output."""
+    return subprocess.run(
+        command(program, *arguments, ranks=ranks),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def under_torchrun(function: str, ranks: int, out: Path, *arguments: Any) -> list[Any]:
+    """Calls tests.ranks.FUNCTION(*arguments) on real processes; returns what each rank returned, in rank order."""
+    out.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+            *("-m", "tests.ranks", function, str(out), *map(str, arguments)),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def check_sentence(result: "subprocess.CompletedProcess[str]", *parts: str, program: str = "cxr-vae") -> str:
+    """A user's mistake: exit code 2, one line on stderr that holds `parts`, no traceback. Returns the line."""
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{program}: error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
+    return lines[0]
