@@ -8,7 +8,8 @@ verifies, at any number of ranks.
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,6 @@ from cxr_vae.state import TrainState
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{10})")
-
-# One process needs no process group; torch warns of what is meant so.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,25 @@ class Checkpoints:
         if self.world.broadcast(final.exists()):
             return
         try:
-            dcp_save(
-                state.state_dict(),
-                storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
-                no_dist=not dist.is_initialized(),
-            )
-        except CheckpointException as error:  # derives from BaseException
-            causes = [failure for failure, _ in error.failures.values()]
-            if all(isinstance(cause, OSError) for cause in causes):
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise UserError(
-                    f"{temporary}: the checkpoint can't be written ({causes[0]}); earlier ones are whole; "
-                    "make room and run the same command again"
-                ) from None
-            raise
+            with _alone_is_meant():
+                dcp_save(
+                    state.state_dict(),
+                    storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
+                    no_dist=not dist.is_initialized(),
+                )
+            if self.world.is_main:
+                self._publish(temporary, final, state)
+        except (CheckpointException, OSError) as error:  # the first derives from BaseException
+            cause = _failed_write(error)
+            if cause is None:
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
+            free = shutil.disk_usage(self.directory).free / 1e6
+            raise UserError(
+                f"{final}: this checkpoint can't be written ({cause}; {free:.1f} MB are free there); "
+                "earlier ones are whole: make room and run the same command again"
+            ) from None
         if self.world.is_main:
-            self._publish(temporary, final, state)
             self._prune()
         self.world.barrier()
 
@@ -81,11 +82,12 @@ class Checkpoints:
         if name is None:
             return None, skipped
         tensors = state.state_dict()
-        dcp_load(
-            tensors,
-            storage_reader=FileSystemReader(self.directory / name),
-            no_dist=not dist.is_initialized(),
-        )
+        with _alone_is_meant():
+            dcp_load(
+                tensors,
+                storage_reader=FileSystemReader(self.directory / name),
+                no_dist=not dist.is_initialized(),
+            )
         state.load_state_dict(tensors)
         return name, skipped
 
@@ -123,6 +125,24 @@ class Checkpoints:
                 return name, skipped
             skipped.append(f"{self.directory / name} skipped: {fault}")
         return None, skipped
+
+
+@contextmanager
+def _alone_is_meant() -> Iterator[None]:
+    """One process needs no process group; torch warns of that at each save and load."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
+def _failed_write(error: BaseException) -> BaseException | None:
+    """What the file system refused; None where the error is of another kind, a bug.
+
+    torch's zip writer hides a full disk behind a RuntimeError about a position in the file.
+    """
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    writes = [cause for cause in causes if isinstance(cause, OSError) or "inline_container" in str(cause)]
+    return writes[0].__context__ or writes[0] if writes else None
 
 
 def find_fault(path: Path, identity: Mapping[str, Any]) -> str | None:

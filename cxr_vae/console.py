@@ -8,6 +8,9 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} {rate_fmt}{postfix}"
+"""Short enough that the last loss still shows in 60 columns."""
+
 
 class Progress:
     """Counts up to `total` on stderr: a tqdm bar where that is a terminal, else a line every ten seconds.
@@ -15,14 +18,16 @@ class Progress:
     With `enabled=False` (the ranks other than the first) it prints nothing.
     """
 
-    def __init__(self, total: int, what: str, *, unit: str = "image", done: int = 0, enabled: bool = True) -> None:
+    def __init__(self, total: int, what: str, *, unit: str = "img", done: int = 0, enabled: bool = True) -> None:
         self.total, self.what, self.unit = total, what, unit
         self.done = self.done_at_start = done
         self.started = self.printed = time.monotonic()
         self.bar = None
         self.enabled = enabled
         if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05)
+            self.bar = tqdm(
+                total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, bar_format=BAR
+            )
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are done (at most up to the total); `note` stands behind the figures."""
@@ -36,10 +41,10 @@ class Progress:
             print(self.line(note), file=sys.stderr, flush=True)
 
     def line(self, note: str = "") -> str:
-        """`train: 320/5216 images, 104.2 images/s, 0:47 left, loss 612.3`."""
+        """`train: 320/5216 img, 104.2 img/s, 0:47 left, loss 612.3`."""
         speed = (self.done - self.done_at_start) / max(time.monotonic() - self.started, 1e-9)
         left = clock((self.total - self.done) / speed) if speed else "?"
-        figures = f"{self.what}: {self.done}/{self.total} {self.unit}s, {speed:.1f} {self.unit}s/s, {left} left"
+        figures = f"{self.what}: {self.done}/{self.total} {self.unit}, {speed:.1f} {self.unit}/s, {left} left"
         return figures + (f", {note}" if note else "")
 
     def say(self, text: str) -> None:

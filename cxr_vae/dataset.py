@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from cxr_vae.config import DataConfig
 from cxr_vae.errors import UserError
@@ -53,7 +53,7 @@ class XrayDataset:
             return self._images.index_select(0, torch.as_tensor(np.asarray(rows, np.int64)))
         out = torch.empty(len(rows), 1, self.index.image_size, self.index.image_size, dtype=torch.uint8)
         for place, row in enumerate(rows):
-            out[place] = self._read(int(row))
+            out[place, 0] = self._read(int(row))
         return out
 
     def _read_all(self) -> Tensor:
@@ -63,35 +63,36 @@ class XrayDataset:
 
         def fill(part: npt.NDArray[np.int64]) -> None:
             for row in part:
-                images[row] = self._read(int(row))
+                images[row, 0] = self._read(int(row))
 
         with ThreadPoolExecutor(self.workers) as pool:
             list(pool.map(fill, np.array_split(np.arange(count), self.workers)))
         return images
 
     def _read(self, row: int) -> Tensor:
-        """(1, S, S) uint8 of one image, from its tar."""
+        """(S, S) uint8 of one image, from its tar."""
         shard = int(self._shard[row])
         path = self.index.shards[shard]
         try:
-            content = os.pread(self._open_tar(shard).fileno(), int(self._size[row]), int(self._offset[row]))
+            tar = self._open_tar(shard)  # held until it was read, whatever the cache does meanwhile
+            content = os.pread(tar.fileno(), int(self._size[row]), int(self._offset[row]))
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}): {RESHARD}") from None
         if zlib.crc32(content) != self._crc32[row]:
             raise UserError(f"{path} is damaged at byte {self._offset[row]} (wrong CRC-32): {RESHARD}")
-        return decode(content, self.index.format)
+        return torch.from_numpy(decode(content, self.index.format).copy())
 
     def _open(self, shard: int) -> FileIO:
         # Closed when the cache lets go of it.
         return FileIO(self.index.shards[shard])
 
 
-def decode(content: bytes, format: str) -> Tensor:
-    """(1, S, S) uint8 of one stored image."""
+def decode(content: bytes, format: str) -> npt.NDArray[np.uint8]:
+    """(S, S) uint8 of one stored image."""
     if format == "raw":
-        return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))[None]
-    image: Tensor = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.GRAY)
-    return image
+        stored: npt.NDArray[np.uint8] = np.load(io.BytesIO(content), allow_pickle=False)
+        return stored
+    return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def fits_in_memory(index: SplitIndex, num_processes: int) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from cxr_vae.files import write_atomically
 
@@ -25,6 +24,8 @@ def save_png(path: Path, image: Tensor) -> None:
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
     """Images (B, 1, H, W) uint8 side by side, `columns` a row."""
+    from torchvision.utils import make_grid  # torchvision takes a second to import
+
     save_png(path, make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)[0])
 
 

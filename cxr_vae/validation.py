@@ -44,14 +44,15 @@ def save_grids(run: RunDir, epoch: int, model: VAE, dataset: XrayDataset, config
     model.eval()
     side = config.train.grid_size
     latents = normal(config.seed, "grid", 0, side * side, model.latent_shape, device)
-    images = dataset.images(range(min(len(dataset), side * max(1, side // 2))))
+    columns = min(side, len(dataset))
+    images = dataset.images(range(columns * min(max(1, side // 2), len(dataset) // columns)))  # whole rows
     with autocast(config.train.precision, device):
         samples = model.decode(latents)
         mean, _ = model.encode(to_float(images, device))
         reconstructions = model.decode(mean.float())
     save_grid(run.grid("samples", epoch), to_uint8(samples.float().sigmoid()), side)
     save_reconstructions(
-        run.grid("reconstructions", epoch), images, to_uint8(reconstructions.float().sigmoid()).cpu(), side
+        run.grid("reconstructions", epoch), images, to_uint8(reconstructions.float().sigmoid()).cpu(), columns
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 TINY = ("image_size=32", "model.channels=[8, 16]", "latent_dim=4", "batch_size=14", "log_every=1", "device=cpu")
@@ -68,24 +67,6 @@ def cxr_vae(*arguments: Any, ranks: int = 1, program: str = "cxr-vae") -> "subpr
         check=False,
         timeout=240,
     )
-
-
-def under_torchrun(function: str, ranks: int, out: Path, *arguments: Any) -> list[Any]:
-    """Calls tests.ranks.FUNCTION(*arguments) on real processes; returns what each rank returned, in rank order."""
-    out.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
-            *("-m", "tests.ranks", function, str(out), *map(str, arguments)),
-        ],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def check_sentence(result: "subprocess.CompletedProcess[str]", *parts: str, program: str = "cxr-vae") -> str:

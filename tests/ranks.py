@@ -1,0 +1,133 @@
+"""Checks that run on several real processes, started by `on_ranks`.
+
+Each function runs on every rank; what it returns is saved for the test that asked.
+"""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cxr_vae.config_file import load_config
+from cxr_vae.distributed import World, world
+from cxr_vae.models import VAE
+from cxr_vae.run_dir import RunDir
+from cxr_vae.stopping import StopSignal
+from cxr_vae.train import Training
+from tests.helpers import TINY
+
+
+def begin(here: World, shards: str, run_dir: str, *options: str) -> Training:
+    """A training run at its start."""
+    config = load_config(None, [*TINY, f"data.shards={shards}", f"run_dir={run_dir}", *options])
+    return Training.begin(config, RunDir(Path(config.run_dir)), here)
+
+
+def without_norm(model: VAE) -> None:
+    """Takes the batch norm out, whose statistics depend on how a batch is divided."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], nn.Identity())
+
+
+def gradients(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Tensor]:
+    """Gradients and losses of the first step, in float32 and without batch norm."""
+    training = begin(here, shards, run_dir, "precision=fp32", *options)
+    without_norm(training.state.model)
+    training.model = here.parallel(training.state.model)
+    found: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        for name, parameter in training.state.model.named_parameters():
+            assert parameter.grad is not None
+            found[name] = parameter.grad.clone()
+
+    training.state.optimizer.register_step_pre_hook(keep)
+    images = training.train_set.images(next(training.slices()))
+    return {"sums": training.step(images), **found}
+
+
+def visited(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Any]:
+    """The image ids a whole run fetches on this rank, step by step, and the noise it draws for them."""
+    training = begin(here, shards, run_dir, *options)
+    ids = training.train_set.index.texts("source")
+    steps: list[list[str]] = []
+    noise: list[Tensor] = []
+    fetch, forward = training.train_set.images, training.state.model.forward
+
+    def fetching(rows: Any) -> Tensor:
+        steps.append([ids[row] for row in rows])
+        return fetch(rows)
+
+    def forwarding(images: Tensor, epsilon: Tensor) -> Any:
+        noise.append(epsilon)
+        return forward(images, epsilon)
+
+    training.train_set.images = fetching  # type: ignore[method-assign]
+    training.state.model.forward = forwarding  # type: ignore[method-assign]
+    training.state.model.eval()
+    assert training.loop(StopSignal())
+    return {"ids": steps, "noise": noise[: len(steps)]}
+
+
+def states(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Tensor]:
+    """The whole state of this rank after a run: all ranks should hold the same."""
+    training = begin(here, shards, run_dir, *options)
+    assert training.loop(StopSignal())
+    return {name: tensor.clone() for name, tensor in training.state.state_dict().items()}
+
+
+def collectives(here: World) -> dict[str, Any]:
+    """What World promises, as this rank sees it."""
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean = torch.full((2,), float(here.rank))
+    here.average_buffers(norm)
+    return {
+        "sum": here.sum_(torch.tensor([here.rank + 1.0])),
+        "any_one": here.any(here.rank == here.size - 1),
+        "any_none": here.any(False),
+        "mean": norm.running_mean,
+        "batches": norm.num_batches_tracked,
+        "broadcast": here.broadcast(f"from {here.rank}"),
+        "gather": here.gather([here.rank] * here.rank),
+        "slice": here.slice(100, 111),
+    }
+
+
+def on_ranks(function: str, ranks: int, out: Path, *arguments: Any) -> list[Any]:
+    """Calls a function of this module on `ranks` processes joined by gloo; returns their results in rank order.
+
+    A fork server that has imported torch already starts them, which saves seconds a process against torchrun; the
+    variables they are told are torchrun's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks"])
+    processes = [
+        context.Process(target=_rank, args=(function, rank, ranks, port, out, [str(item) for item in arguments]))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * ranks, f"exit codes {codes}: see the captured stderr"
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def _rank(function: str, rank: int, size: int, port: int, out: Path, arguments: list[str]) -> None:
+    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    with world("cpu") as here:
+        torch.save(globals()[function](here, *arguments), out / f"rank{rank}.pt")

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import on_ranks
+
+
+def test_collectives_on_three_processes(tmp_path: Path) -> None:
+    ranks = on_ranks("collectives", 3, tmp_path)
+    for rank, seen in enumerate(ranks):
+        assert seen["sum"].item() == 6
+        assert seen["any_one"] is True
+        assert seen["any_none"] is False
+        assert seen["mean"].tolist() == [1.0, 1.0]  # of 0, 1, 2
+        assert seen["batches"].item() == 0
+        assert seen["broadcast"] == "from 0"
+        assert seen["gather"] == ([[], [1], [2, 2]] if rank == 0 else None)
+    assert [seen["slice"] for seen in ranks] == [(100, 103), (103, 107), (107, 111)]
+
+
+@pytest.fixture(scope="module")
+def one_process(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Gradients of the first step as one process computes them, batch of 14 at once."""
+    folder = tmp_path_factory.mktemp("gradients")
+    return on_ranks("gradients", 1, folder, shards, folder / "run")[0]
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 3), (2, 1), (2, 3), (3, 1)])
+def test_gradients_are_those_of_one_process(
+    one_process: dict[str, torch.Tensor], shards: Path, tmp_path: Path, ranks: int, accumulate: int
+) -> None:
+    """14 images over 3 ranks or 3 micro-batches: unequal parts, each image must count the same."""
+    found = on_ranks("gradients", ranks, tmp_path, shards, tmp_path / "run", f"accumulate={accumulate}")
+    for seen in found:
+        assert seen.keys() == one_process.keys()
+        for name, expected in one_process.items():
+            torch.testing.assert_close(
+                seen[name], expected, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+def test_image_ids_and_noise_of_each_step_are_the_same_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> None:
+    seen = {}
+    for ranks in (1, 2, 4):
+        folder = tmp_path / str(ranks)
+        parts = on_ranks("visited", ranks, folder, shards, folder / "run", "epochs=2", "checkpoint.every=1000")
+        seen[ranks] = {
+            "ids": [[name for part in parts for name in part["ids"][step]] for step in range(len(parts[0]["ids"]))],
+            "noise": torch.cat([torch.cat([part["noise"][step] for part in parts]) for step in range(10)]),
+        }
+    assert [len(ids) for ids in seen[1]["ids"]] == [14] * 10
+    assert seen[1]["ids"] == seen[2]["ids"] == seen[4]["ids"]
+    assert torch.equal(seen[1]["noise"], seen[2]["noise"])
+    assert torch.equal(seen[1]["noise"], seen[4]["noise"])
+    first = [name for ids in seen[1]["ids"][:5] for name in ids]
+    assert len(set(first)) == len(first) == 70  # an epoch holds every image once
+
+
+@pytest.mark.parametrize("loading", ["memory", "shards"])
+def test_all_ranks_hold_the_same_state_with_batch_norm(shards: Path, tmp_path: Path, loading: str) -> None:
+    options = ("epochs=1", "ema_decay=0.9", f"loading={loading}", "data.workers=2")
+    one, two = on_ranks("states", 2, tmp_path, shards, tmp_path / "run", *options)
+    assert one.keys() == two.keys()
+    assert any("running_var" in name for name in one)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name

@@ -1,0 +1,30 @@
+import math
+from itertools import pairwise
+
+import pytest
+
+from cxr_vae.config import ObjectiveConfig, OptimizerConfig
+from cxr_vae.schedules import kl_weight, learning_rate
+
+
+def test_constant_without_warmup() -> None:
+    config = OptimizerConfig(lr=0.5)
+    assert {learning_rate(step, 100, config) for step in range(100)} == {0.5}
+    assert {kl_weight(step, ObjectiveConfig(kl_weight=0.3)) for step in range(5)} == {0.3}
+
+
+def test_warmup_grows_linearly_to_the_full_value() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(step, 100, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    objective = ObjectiveConfig(kl_weight=2.0, kl_warmup_steps=4)
+    assert [kl_weight(step, objective) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+def test_cosine_falls_from_the_full_value_to_zero() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=10, schedule="cosine")
+    rates = [learning_rate(step, 110, config) for step in range(10, 111)]
+    assert rates[0] == 1.0
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+    assert rates[25] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert all(a > b for a, b in pairwise(rates))

@@ -1,0 +1,235 @@
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cxr_vae.config_file import load_config
+from cxr_vae.export import load_vae
+from cxr_vae.run_log import read_records
+from cxr_vae.stopping import STOPPED_EXIT_CODE
+from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
+
+
+def arguments(shards: Path, run_dir: Path, *options: str) -> list[str]:
+    return ["train", "configs/reference.yaml", *TINY, f"data.shards={shards}", f"run_dir={run_dir}", *options]
+
+
+LONG = ("epochs=8", "checkpoint.every=7", "grid_every=4", "ema_decay=0.9", "schedule=cosine", "kl_warmup_steps=20")
+"""40 steps: epochs, checkpoints and stops fall on different steps."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = cxr_vae(*arguments(shards, run, *LONG))
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def assert_same_result(a: Path, b: Path) -> None:
+    one, two = load_file(a / "vae_final.safetensors"), load_file(b / "vae_final.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_leaves_what_its_directory_promises(undisturbed: Path) -> None:
+    expected = {
+        *("config.yaml", "environment.json", "hyperparameters.json", "metrics.jsonl", "speed.jsonl", "tensorboard"),
+        *("checkpoints", "samples", "reconstructions", "loss_curves.png", "vae_final.safetensors"),
+    }
+    assert {path.name for path in undisturbed.iterdir()} == expected
+    assert [path.name for path in sorted((undisturbed / "samples").iterdir())] == ["epoch_0004.png", "epoch_0008.png"]
+    with Image.open(undisturbed / "reconstructions" / "epoch_0008.png") as grid:
+        assert grid.size == (8 * 34 + 2, 4 * 34 + 2)  # 16 of 18 test images in whole rows, each above its copy
+    hyperparameters = json.loads((undisturbed / "hyperparameters.json").read_text())
+    assert hyperparameters["batch_size"] == 14
+    assert hyperparameters["num_steps"] == 40
+    records = read_records(undisturbed / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 41))
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    assert [record["epoch"] for record in epochs] == list(range(1, 9))
+    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())][-1] == "step-0000000040"
+
+
+def test_losses_of_an_epoch_are_the_means_of_its_steps(undisturbed: Path) -> None:
+    records = read_records(undisturbed / "metrics.jsonl")
+    steps = [record for record in records if record["kind"] == "step"]
+    for epoch in (record for record in records if record["kind"] == "epoch"):
+        mine = [step for step in steps if epoch["step"] - 5 < step["step"] <= epoch["step"]]
+        mean = sum(step["reconstruction_nats"] for step in mine) / 5
+        assert epoch["train"]["reconstruction_nats"] == pytest.approx(mean, rel=1e-12)
+    for step in steps:
+        expected = step["reconstruction_nats"] + step["kl_weight"] * step["kl_nats"]
+        assert step["loss_nats"] == pytest.approx(expected, rel=1e-12)
+        elbo = step["reconstruction_nats"] + step["kl_nats"]
+        assert step["bits_per_dim"] == pytest.approx(elbo / (32 * 32 * math.log(2)), rel=1e-12)
+    assert [step["kl_weight"] for step in steps[:20]] == pytest.approx([n / 20 for n in range(1, 21)])
+
+
+@pytest.mark.parametrize("loading", ["memory", "shards"])
+def test_killed_at_random_and_started_again_it_ends_the_same_bit_for_bit(
+    shards: Path, undisturbed: Path, tmp_path: Path, loading: str
+) -> None:
+    run = tmp_path / "run"
+    call = command("cxr-vae", *arguments(shards, run, *LONG, f"loading={loading}"))
+    rng = random.Random(loading)
+    kills = 0
+    while kills < 2:
+        process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        steps_before = len(read_records(run / "metrics.jsonl"))
+        while process.poll() is None and len(read_records(run / "metrics.jsonl")) <= steps_before + 8:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+        kills += 1
+    result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "going on from step-" in result.stdout
+    assert_same_result(run, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_makes_it_save_and_leave_and_the_end_is_the_same(
+    shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    call = command("cxr-vae", *arguments(shards, run, *LONG))
+    process = subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, text=True)
+    while len(read_records(run / "metrics.jsonl")) < 9:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED_EXIT_CODE == 75
+    assert "stopped by a signal after step" in out
+    stopped_at = read_records(run / "metrics.jsonl")[-1]["step"]
+    assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step-{stopped_at:010d}"
+    assert subprocess.run(call, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert_same_result(run, undisturbed)
+
+
+def test_two_processes_under_torchrun_train_resume_and_agree(shards: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cxr_vae(*arguments(shards, whole, "epochs=4"), ranks=2).returncode == 0
+    assert cxr_vae(*arguments(shards, stopped, "epochs=2"), ranks=2).returncode == 0
+    longer = cxr_vae(*arguments(shards, stopped, "epochs=4"), ranks=2)  # a finished run may be made longer
+    assert longer.returncode == 0, longer.stderr
+    assert "going on from step-0000000010" in longer.stdout
+    assert longer.stdout.count("epoch 4/4") == 1  # printed by the first rank only
+    assert_same_result(whole, stopped)
+
+
+def test_a_finished_run_is_left_as_it_is(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    result = cxr_vae(*arguments(shards, run, *LONG))
+    assert result.returncode == 0, result.stderr
+    assert_same_result(run, undisturbed)
+
+
+def test_exported_weights_load_with_their_configuration(undisturbed: Path) -> None:
+    model, config = load_vae(undisturbed / "vae_final.safetensors")
+    assert config.model == load_config(None, TINY).model
+    assert not model.training
+    assert model.decode(torch.zeros(1, *model.latent_shape)).shape == (1, 1, 32, 32)
+    assert str(undisturbed).encode() not in (undisturbed / "vae_final.safetensors").read_bytes()  # no paths of ours
+
+
+def test_averaged_weights_are_exported_where_they_are_kept(shards: Path, tmp_path: Path) -> None:
+    options = ("epochs=2", "ema_decay=0.9", "batch_size=35")
+    assert cxr_vae(*arguments(shards, tmp_path / "plain", *options[::2])).returncode == 0
+    assert cxr_vae(*arguments(shards, tmp_path / "ema", *options)).returncode == 0
+    plain, ema = (load_file(tmp_path / name / "vae_final.safetensors") for name in ("plain", "ema"))
+    assert plain.keys() == ema.keys()
+    assert not torch.equal(plain["to_mean.weight"], ema["to_mean.weight"])
+
+
+class TestMistakes:
+    """Each is one sentence and exit code 2, and nothing is written."""
+
+    def test_a_typo(self, shards: Path, tmp_path: Path) -> None:
+        result = cxr_vae(*arguments(shards, tmp_path / "run", "train.epoch=3"))
+        check_sentence(result, "train.epoch", "did you mean train.epochs?")
+
+    def test_another_configuration(self, shards: Path, undisturbed: Path) -> None:
+        before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+        result = cxr_vae(*arguments(shards, undisturbed, *LONG, "latent_dim=5"))
+        check_sentence(result, "model.latent_dim: 4 → 5", "another run_dir")
+        assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+
+    def test_a_run_directory_that_holds_something_else(self, shards: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("x")
+        check_sentence(cxr_vae(*arguments(shards, tmp_path)), "holds something else (thesis.tex)")
+        check_sentence(cxr_vae(*arguments(shards, tmp_path / "thesis.tex")), "is a file")
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_missing_shards(self, tmp_path: Path) -> None:
+        result = cxr_vae(*arguments(tmp_path / "none", tmp_path / "run"))
+        check_sentence(result, "no such shard directory", "cxr-vae shard")
+        assert not (tmp_path / "run").exists()
+
+    def test_shards_of_another_size(self, shards: Path, tmp_path: Path) -> None:
+        result = cxr_vae(*arguments(shards, tmp_path / "run", "image_size=64"))
+        check_sentence(result, "holds images of 32 pixels, data.image_size is 64")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_damaged_shard(self, shards: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(shards, tmp_path / "copy")
+        os.truncate(copy / "train-000000.tar", 1000)
+        check_sentence(cxr_vae(*arguments(copy, tmp_path / "run")), "train-000000.tar has 1000 bytes")
+
+    def test_a_batch_smaller_than_the_ranks(self, shards: Path, tmp_path: Path) -> None:
+        result = cxr_vae(*arguments(shards, tmp_path / "run", "batch_size=1"), ranks=2)
+        assert result.returncode != 0
+        ours = [line for line in result.stderr.splitlines() if line.startswith("cxr-vae: error:")]
+        assert len(ours) == 1  # of the first rank only, though torchrun adds its own account
+        assert "train.batch_size=1 is less than one image for each of 2 processes" in ours[0]
+
+    def test_fp16_without_a_gpu(self, shards: Path, tmp_path: Path) -> None:
+        options = [option for option in arguments(shards, tmp_path / "run", "precision=fp16") if option != "device=cpu"]
+        check_sentence(cxr_vae(*options, "device=auto"), "fp16 needs a GPU")
+
+    def test_a_gpu_that_is_not_there(self, shards: Path, tmp_path: Path) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU here")
+        check_sentence(cxr_vae(*arguments(shards, tmp_path / "run"), "device=cuda"), "no GPU here")
+
+    def test_a_loss_that_explodes(self, shards: Path, tmp_path: Path) -> None:
+        result = cxr_vae(*arguments(shards, tmp_path / "run", "lr=1e30", "precision=fp32"))
+        check_sentence(result, "the loss is", "at step", "lower optimizer.lr")
+
+
+def test_progress_in_a_log_file_is_whole_lines(shards: Path, tmp_path: Path) -> None:
+    result = cxr_vae(*arguments(shards, tmp_path / "run", "epochs=1"))
+    assert "\r" not in result.stdout + result.stderr
+    assert "epoch 1/1: train" in result.stdout
+    assert "bits/dim" in result.stdout
+
+
+def test_progress_on_a_narrow_terminal_fits_its_width(shards: Path, tmp_path: Path) -> None:
+    call = " ".join(command("cxr-vae", *[f"'{item}'" for item in arguments(shards, tmp_path / "run", "epochs=2")]))
+    result = subprocess.run(
+        ["script", "-qec", f"stty cols 60 rows 24; {call}", "/dev/null"],
+        env=environment(TERM="xterm"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    bars = [part for part in result.stdout.replace("\n", "\r").split("\r") if part.startswith("train ")]
+    assert len(bars) > 1
+    assert all(len(bar.rstrip()) <= 60 for bar in bars), bars
+    assert re.search(r"140/140 00:00 .*loss \d+\.\d", bars[-1]), bars[-1]
