@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# The demo trains in bf16, but not on a CPU that would have to emulate it.
+PRECISION := $(shell grep -q -m1 'avx2' /proc/cpuinfo && ! grep -q -m1 avx512bw /proc/cpuinfo && echo fp32 || echo bf16)
 
 .PHONY: help demo test lint type test-only clean
 
@@ -28,9 +30,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed
 	@if [ -z "$(DATA)" ]; then \
-	    $(BIN)/cxr-vae phantom demo/phantoms/images && $(BIN)/cxr-launch pipeline configs/demo.yaml; \
+	    $(BIN)/cxr-vae phantom demo/phantoms/images && \
+	    $(BIN)/cxr-launch pipeline configs/demo.yaml train.precision=$(PRECISION); \
 	else \
-	    name=$$(basename "$(DATA)") && $(BIN)/cxr-launch pipeline configs/demo.yaml "data.source=$(DATA)" \
+	    name=$$(basename "$(DATA)") && \
+	    $(BIN)/cxr-launch pipeline configs/demo.yaml train.precision=$(PRECISION) "data.source=$(DATA)" \
 	        "data.shards=demo/$$name/shards" "run_dir=demo/$$name/run"; \
 	fi
 

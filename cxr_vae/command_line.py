@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,10 +58,13 @@ def rank() -> int:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except the None that means "not given"."""
+    """Shows defaults, except the None that means "not given"; doesn't tear file names and options at their hyphens."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def add_command(commands: Any, name: str, command: Command, text: str, example: str) -> argparse.ArgumentParser:

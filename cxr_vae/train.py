@@ -22,7 +22,7 @@ from cxr_vae.files import write_json
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.noise import normal
 from cxr_vae.pictures import save_loss_curves
-from cxr_vae.precision import autocast, check_precision
+from cxr_vae.precision import advise, autocast, check_precision
 from cxr_vae.run_dir import RunDir
 from cxr_vae.run_log import RunLog, loss_record, read_epochs
 from cxr_vae.schedules import kl_weight, learning_rate
@@ -79,7 +79,8 @@ class Training:
         log = RunLog(run, state.step, enabled=here.is_main)
         training = cls(config, run, here, train_set, test_set, state, here.parallel(state.model), checkpoints, log)
         if here.is_main:
-            print("\n".join([*skipped, training.greeting(loaded)]), flush=True)
+            advice = advise(config.train.precision, here.device)
+            print(*skipped, training.greeting(loaded), *([advice] if advice else []), sep="\n", flush=True)
         return training
 
     @property

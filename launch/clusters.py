@@ -38,6 +38,7 @@ class Local(Cluster):
 
     folder: Path
     resources: ResourcesConfig
+    interrupted: bool = False
 
     def describe(self, stages: Sequence[Stage]) -> str:
         """The commands, which could be typed as well."""
@@ -57,7 +58,8 @@ class Local(Cluster):
                 job = executor.submit(replace(stage, launcher=os.getpid()))
             code = self._follow(job)
             if code:
-                print(f"{stage.name} ended with exit code {code}; its log: {job.paths.stdout}", file=sys.stderr)
+                how = "was interrupted" if self.interrupted else f"ended with exit code {code}"
+                print(f"{stage.name} {how}; its log: {job.paths.stdout}", file=sys.stderr)
                 return code
         return 0
 
@@ -69,6 +71,7 @@ class Local(Cluster):
             try:
                 time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
+                self.interrupted = True
                 print("interrupted: the stage saves what it has and leaves", file=sys.stderr, flush=True)
         log.print_new()
         return 1 if job.exception() else int(job.result())

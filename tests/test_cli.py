@@ -1,0 +1,110 @@
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cxr_vae
+from tests.helpers import cxr_vae as call
+from tests.helpers import environment
+
+COMMANDS = {
+    "cxr-vae": ["phantom", "shard", "train", "generate", "evaluate", "report", "fetch-weights", "config"],
+    "cxr-launch": ["train", "evaluate", "pipeline"],
+}
+ALL = [(program, name) for program, names in COMMANDS.items() for name in names]
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_help_lists_every_command(program: str) -> None:
+    result = call("--help", program=program)
+    assert result.returncode == 0
+    listed = re.findall(r"^    ([a-z-]+)", result.stdout, re.MULTILINE)
+    assert listed == COMMANDS[program]
+
+
+@pytest.mark.parametrize(("program", "name"), ALL)
+def test_help_of_a_command_shows_defaults_and_an_example(program: str, name: str) -> None:
+    result = call(name, "--help", program=program)
+    assert result.returncode == 0
+    assert "example: " in result.stdout
+    assert f"{program} {name}" in result.stdout or "cxr_vae train" in result.stdout
+    options = re.findall(r"^  (--[a-z-]+)(?: |$)", result.stdout, re.MULTILINE)
+    assert (
+        result.stdout.count("default")
+        >= len([option for option in options if option not in ("--out", "--dry-run")]) - 1
+    )
+    assert "None" not in result.stdout
+
+
+@pytest.mark.parametrize(("program", "name"), ALL)
+def test_examples_parse(program: str, name: str) -> None:
+    text = " ".join(call(name, "--help", program=program).stdout.split("example: ")[1].split())
+    words = re.sub(r"^.*?(?:-m cxr_vae|cxr-vae|cxr-launch) ", "", text, count=1).split()
+    if program == "cxr-vae":
+        from cxr_vae.cli import build_parser
+    else:
+        from launch.cli import build_parser
+    arguments, rest = build_parser().parse_known_args(words)
+    assert callable(arguments.command)
+    assert all("=" in word for word in rest)
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_version(program: str) -> None:
+    assert call("--version", program=program).stdout.strip() == f"{program} {cxr_vae.__version__}"
+
+
+@pytest.mark.parametrize(("program", "module"), [("cxr-vae", "cxr_vae.cli"), ("cxr-launch", "launch.cli")])
+def test_help_needs_no_torch_and_comes_within_a_second(program: str, module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('torch', 'submitit', 'scipy') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+    def seconds() -> float:
+        begun = time.perf_counter()
+        call("--help", program=program)
+        return time.perf_counter() - begun
+
+    assert min(seconds() for _ in range(3)) < 1
+
+
+def test_a_mistyped_command_lists_the_right_ones() -> None:
+    result = call("trian")
+    assert result.returncode == 2
+    assert "train" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_options_and_key_value_may_come_in_any_order() -> None:
+    one = call("train", "configs/reference.yaml", "--dry-run", "epochs=3", program="cxr-launch")
+    assert one.returncode == 0, one.stderr
+    wrong = call("train", "configs/reference.yaml", "--drry-run", "epochs=3", program="cxr-launch")
+    assert wrong.returncode == 2
+    assert "--drry-run" in wrong.stderr
+
+
+def test_config_shows_the_resolved_options() -> None:
+    result = call("config", "configs/reference.yaml", "epochs=7")
+    assert re.search(r"^  epochs: 7 +# passes over", result.stdout, re.MULTILINE)
+    assert call("config", "latent_dim=7").stdout.count("latent_dim: 7") == 1
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    code = (
+        "from cxr_vae.command_line import run; import argparse; "
+        "run(lambda arguments: 1 // 0, argparse.Namespace(), 'cxr-vae')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    shell = ["bash", "-c", f"{sys.executable} -m cxr_vae config | head -1"]
+    result = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)
+    assert result.stderr == ""

@@ -1,0 +1,134 @@
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_vae.dataset import XrayDataset
+from cxr_vae.index import ShardDirectory
+from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
+
+OPTIONS = ("features=random", "num_generated=70", "num_real=40", "is_splits=4")
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("evaluate") / "run"
+    options = [*TINY, "epochs=2", f"data.shards={shards}", f"run_dir={run}"]
+    assert cxr_vae("train", "configs/reference.yaml", *options).returncode == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: Path) -> tuple[Path, str]:
+    result = cxr_vae("evaluate", trained, *OPTIONS)
+    assert result.returncode == 0, result.stderr
+    return trained, result.stdout
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "evaluation" / "evaluation_results.json").read_text())
+
+
+def test_results_carry_what_a_figure_needs(evaluated: tuple[Path, str], shards: Path) -> None:
+    run, output = evaluated
+    results = results_of(run)
+    assert set(results["figures"]) == {"frechet_random", "kernel_random", "score_random"}  # no FID without Inception
+    for figure in results["figures"].values():
+        low, high = figure["interval_95"]
+        assert low <= figure["value"] <= high
+        assert np.isfinite(figure["floor"])
+    assert results["figures"]["frechet_random"]["value"] > results["figures"]["frechet_random"]["floor"]
+    assert (results["num_generated"], results["num_real"], results["num_real_wanted"]) == (70, 18, 40)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert results["real"]["split"] == "test"
+    assert results["real"]["index_sha256"] == manifest["splits"]["test"]["index"]["sha256"]
+    assert results["features"]["network"] == "random"
+    assert len(results["features"]["weights_sha256"]) == 64
+    assert "the test split has 18 images, not 40: all are used" in output
+    assert "is no FID" in " ".join(output.split()) or "are no FID" in output
+    assert "FID " not in output.replace("no FID", "")
+
+
+def test_images_lie_beside_the_figures(evaluated: tuple[Path, str], shards: Path) -> None:
+    run, _ = evaluated
+    generated, real = (sorted((run / "evaluation" / name).glob("*.png")) for name in ("generated", "real"))
+    assert (len(generated), len(real)) == (70, 18)
+    dataset = XrayDataset(ShardDirectory.open(shards).split("test"), in_memory=True, workers=1)
+    expected = {image.numpy().tobytes() for image in dataset.images(range(18))}
+    assert {np.asarray(Image.open(path)).tobytes() for path in real} == expected  # every test image once
+
+
+def test_two_processes_find_the_same_figures(evaluated: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = evaluated
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    result = cxr_vae("evaluate", copy, *OPTIONS, ranks=2)
+    assert result.returncode == 0, result.stderr
+    one, two = results_of(run), results_of(copy)
+    for name, figure in one["figures"].items():
+        assert two["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6, abs=1e-12), name
+    for path in (run / "evaluation" / "generated").glob("*.png"):
+        assert path.read_bytes() == (copy / "evaluation" / "generated" / path.name).read_bytes()
+
+
+def test_the_same_evaluation_is_not_done_twice(evaluated: tuple[Path, str]) -> None:
+    run, _ = evaluated
+    before = (run / "evaluation" / "evaluation_results.json").read_bytes()
+    again = cxr_vae("evaluate", run, *OPTIONS)
+    assert "already evaluated so" in again.stdout
+    assert "frechet_random" in again.stdout
+    assert (run / "evaluation" / "evaluation_results.json").read_bytes() == before
+
+
+def test_another_evaluation_keeps_the_earlier_figures(evaluated: tuple[Path, str], tmp_path: Path) -> None:
+    run = shutil.copytree(evaluated[0], tmp_path / "run")
+    before = results_of(run)
+    assert cxr_vae("evaluate", run, *OPTIONS[:1], "num_generated=8", "num_real=8", "is_splits=2").returncode == 0
+    assert results_of(run)["num_generated"] == 8
+    assert len(list((run / "evaluation" / "generated").glob("*.png"))) == 8  # none of the earlier 70 is left
+    assert json.loads((run / "evaluation" / "evaluation_results.1.json").read_text()) == before
+
+
+class TestMistakes:
+    """One sentence, exit code 2."""
+
+    def test_missing_weights_stop_it_at_the_start_with_two_ways_out(self, trained: Path, tmp_path: Path) -> None:
+        result = subprocess.run(
+            command("cxr-vae", "evaluate", trained, "num_generated=50"),
+            env=environment(TORCH_HOME=str(tmp_path)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        check_sentence(result, "cxr-vae fetch-weights", "fetch-weights --from FILE", "features=random")
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        check_sentence(cxr_vae("evaluate", tmp_path), "is not a run directory")
+
+    def test_an_unfinished_run(self, trained: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(trained, tmp_path / "run")
+        (copy / "vae_final.safetensors").unlink()
+        check_sentence(cxr_vae("evaluate", copy, *OPTIONS), "vae_final.safetensors is missing")
+
+    def test_an_option_of_the_training(self, trained: Path) -> None:
+        check_sentence(cxr_vae("evaluate", trained, "latent_dim=3"), "settled by the training run")
+
+    def test_an_unknown_split(self, trained: Path) -> None:
+        check_sentence(cxr_vae("evaluate", trained, *OPTIONS, "real_split=val"), "no split val; it has test, train")
+
+    def test_a_floor_of_the_same_split(self, trained: Path) -> None:
+        check_sentence(cxr_vae("evaluate", trained, *OPTIONS, "floor_split=test"), "name two different splits")
+
+    def test_too_few_images(self, trained: Path) -> None:
+        check_sentence(
+            cxr_vae("evaluate", trained, "features=random", "num_generated=5"), "is_splits=10 needs at least"
+        )
+
+    def test_foreign_files_among_the_images(self, trained: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+        (copy / "evaluation" / "generated").mkdir(parents=True)
+        (copy / "evaluation" / "generated" / "mine.png").write_bytes(b"x")
+        check_sentence(cxr_vae("evaluate", copy, *OPTIONS), "holds something else (mine.png)")

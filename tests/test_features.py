@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+
+from cxr_vae.config import EvaluateConfig
+from cxr_vae.features import Features, choose_network, load_network
+from cxr_vae.metrics import compare
+from tests.helpers import draw_image
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, torch.Tensor]:
+    """Two sets of 24 images (24, 1, 64, 64) uint8."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(brighter: bool) -> torch.Tensor:
+        squares = [draw_image(rng, brighter=brighter).resize((64, 64)) for _ in range(24)]
+        return torch.stack([torch.from_numpy(np.array(square))[None] for square in squares])
+
+    return {"a": draw(False), "b": draw(True)}
+
+
+def test_figures_are_torch_fidelitys_on_the_same_pngs_and_weights(images, tmp_path: Path) -> None:
+    network = load_network("random", torch.device("cpu"))
+    weights = tmp_path / "weights.pth"
+    torch.save(network.module.state_dict(), weights)
+    for name, tensors in images.items():
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(tensors):
+            Image.fromarray(image[0].numpy()).save(tmp_path / name / f"{number:06d}.png")
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "a"),
+        input2=str(tmp_path / "b"),
+        **dict.fromkeys(("isc", "fid", "kid"), True),
+        cuda=False,
+        cache=False,
+        verbose=False,
+        batch_size=24,
+        isc_splits=4,
+        kid_subset_size=24,
+        kid_subsets=1,
+        feature_extractor_weights_path=str(weights),
+    )
+    # Extracted in two batches, so that nothing may depend on how images are batched.
+    parts = {name: [network(part) for part in tensors.split(16)] for name, tensors in images.items()}
+    features = [Features(*(torch.cat(layer) for layer in zip(*parts[name], strict=True))) for name in ("a", "b")]
+    frechet, kernel, score = compare(*features, EvaluateConfig(is_splits=4))
+    assert frechet.value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert kernel.value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert score.value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+
+
+def test_random_network_is_the_same_each_time_and_tells_sets_apart(images) -> None:
+    one, two = (load_network("random", torch.device("cpu")) for _ in range(2))
+    assert one.weights_sha256 == two.weights_sha256
+    features = one(images["a"][:4])
+    assert features.pooled.shape == (4, 2048)
+    assert features.logits.shape == (4, 1008)
+    assert features.pooled.dtype == torch.float32
+    assert torch.equal(features.pooled, two(images["a"][:4]).pooled)
+    assert 0.01 < features.pooled.std() < 100  # neither dead nor exploding through 94 layers
+    between = (features.pooled.mean(0) - one(images["b"][:4]).pooled.mean(0)).norm()
+    assert between > 1e-3 * features.pooled.norm()
+
+
+def test_random_is_chosen_only_where_it_was_asked_for(monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert choose_network("random") == "random"
+    monkeypatch.setattr("cxr_vae.inception_weights.URL", "http://127.0.0.1:9/none.pth")  # nobody listens there
+    assert choose_network("auto") == "random"
+    assert "no Inception weights here" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch_fidelity.feature_extractor_inceptionv3
+
+from cxr_vae import inception_weights
+from cxr_vae.errors import UserError
+from cxr_vae.inception_weights import cache_path, fetch_weights, find_weights
+from tests.helpers import check_sentence, command, environment
+
+CONTENT = b"stands for the real file, which no test machine can download" * 100
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTENT counts as the right file."""
+    monkeypatch.setattr(inception_weights, "SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(inception_weights, "NUM_BYTES", len(CONTENT))
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A web server of our own in the place of GitHub; files put into the folder can be downloaded."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, directory=str(folder), **options)
+
+        def log_message(self, *arguments):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(inception_weights, "URL", f"http://127.0.0.1:{httpd.server_port}/weights.pth")
+    yield folder
+    httpd.shutdown()
+
+
+def test_constants_are_torch_fidelitys_and_the_issues() -> None:
+    assert torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3 == inception_weights.URL
+    assert inception_weights.SHA256 == "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+    assert inception_weights.NUM_BYTES == 95_628_359
+    assert inception_weights.SHA256.startswith(inception_weights.NAME.rpartition("-")[2].removesuffix(".pth"))
+
+
+def test_torch_fidelity_looks_where_we_put_them(cache: Path) -> None:
+    assert cache_path() == cache / inception_weights.NAME
+
+
+def test_a_file_with_the_right_hash_is_taken(tmp_path: Path, expected: None) -> None:
+    (tmp_path / "download.pth").write_bytes(CONTENT)
+    path = fetch_weights(tmp_path / "download.pth")
+    assert path == find_weights()
+    assert path.read_bytes() == CONTENT
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+@pytest.mark.parametrize("content", [b"", CONTENT + b"x", CONTENT[:-1] + b"!"])
+def test_any_other_file_is_refused_and_the_cache_stays_empty(tmp_path: Path, expected: None, content: bytes) -> None:
+    (tmp_path / "wrong.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"wrong\.pth is not the Inception file"):
+        fetch_weights(tmp_path / "wrong.pth")
+    assert list(cache_path().parent.iterdir()) == []
+    assert find_weights() is None
+
+
+def test_downloading(server: Path, expected: None) -> None:
+    (server / "weights.pth").write_bytes(CONTENT)
+    assert fetch_weights().read_bytes() == CONTENT
+
+
+def test_a_download_that_was_cut_or_exchanged_is_refused(server: Path, expected: None) -> None:
+    (server / "weights.pth").write_bytes(CONTENT[: len(CONTENT) // 2])
+    with pytest.raises(UserError, match="is not the Inception file: it has"):
+        fetch_weights()
+    assert find_weights() is None
+
+
+def test_a_failed_download_says_what_else_can_be_done(server: Path) -> None:
+    with pytest.raises(UserError, match=r"can't be downloaded .*fetch-weights --from FILE"):
+        fetch_weights()
+
+
+def test_a_damaged_file_in_the_cache_is_not_used(expected: None) -> None:
+    cache_path().parent.mkdir(parents=True)
+    cache_path().write_bytes(CONTENT[:-1] + b"!")
+    with pytest.raises(UserError, match="delete it"):
+        find_weights()
+
+
+def test_the_command_says_it_in_one_sentence(tmp_path: Path) -> None:
+    import subprocess
+
+    (tmp_path / "wrong.pth").write_bytes(b"x")
+    for source, words in ((tmp_path / "wrong.pth", "it has 1 bytes"), (tmp_path / "none.pth", "no such file")):
+        result = subprocess.run(
+            command("cxr-vae", "fetch-weights", "--from", source),
+            env=environment(TORCH_HOME=str(tmp_path)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        check_sentence(result, words)

@@ -1,0 +1,92 @@
+"""Imports go one way, in the order of the data: a newcomer can read the files from top to bottom of this list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = [
+    ["errors"],
+    ["config", "files", "console", "workers"],
+    ["config_file"],
+    ["distributed", "noise", "precision", "schedules", "stopping"],
+    ["phantom"],
+    ["phantom_set"],
+    ["sources", "images", "index"],
+    ["tars"],
+    ["shards", "stream", "dataset"],
+    ["losses"],
+    ["models"],
+    ["state", "export", "pictures", "run_dir"],
+    ["checkpoint", "run_log", "validation"],
+    ["train"],
+    ["generate"],
+    ["inception_weights", "features"],
+    ["metrics"],
+    ["evaluate"],
+    ["report"],
+    ["command_line"],
+    ["cli"],
+    ["__main__"],
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+MAX_LINES = 400
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names a module imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def name_of(path: Path) -> str:
+    """The layer's name of a module: a package counts as one."""
+    return path.relative_to(ROOT / "cxr_vae").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules("cxr_vae"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    name = name_of(path)
+    if name == "__init__":
+        assert not any(imported.startswith("cxr_vae") for imported in imports(path))
+        return
+    assert name in LAYER, f"{name} has no place in the order: put it into LAYERS"
+    for imported in imports(path):
+        parts = imported.split(".")
+        if parts[0] == "cxr_vae" and len(parts) > 1 and parts[1] in LAYER and parts[1] != name:
+            allowed = LAYER[parts[1]] <= LAYER[name]
+            assert allowed, f"{name} imports {parts[1]}, which comes after it"
+
+
+def test_no_two_modules_of_a_layer_import_each_other_in_a_circle() -> None:
+    for names in LAYERS:
+        edges = {
+            (name_of(path), imported.split(".")[1])
+            for path in modules("cxr_vae")
+            for imported in imports(path)
+            if name_of(path) in names and imported.startswith("cxr_vae.") and imported.split(".")[1] in names
+        }
+        assert not {(a, b) for a, b in edges if a != b and (b, a) in edges}
+
+
+def test_only_the_launcher_knows_submitit_and_slurm() -> None:
+    for path in modules("cxr_vae"):
+        assert not any(name.split(".")[0] in ("submitit", "launch") for name in imports(path)), path
+        assert "SLURM" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", modules("cxr_vae") + modules("launch"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_one_to_scroll_through(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from cxr_vae.config import EvaluateConfig
+from cxr_vae.errors import UserError
+from cxr_vae.features import Features
+from cxr_vae.metrics import check_counts, compare, frechet_distance, kernel_distance, with_interval
+
+
+def sets(num_a: int, num_b: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of correlated features with different means and spreads."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(dim, dim)) / dim**0.5
+    return rng.normal(size=(num_a, dim)) @ mix + 0.3, 1.4 * rng.normal(size=(num_b, dim)) @ mix
+
+
+@pytest.mark.parametrize(("num_a", "num_b", "dim"), [(300, 200, 32), (40, 60, 64), (30, 200, 64), (2, 3, 16)])
+def test_frechet_distance_is_its_definition(num_a: int, num_b: int, dim: int) -> None:
+    a, b = sets(num_a, num_b, dim)
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = sqrtm(covariances[0] @ covariances[1])
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * np.real(root))
+    tolerance = 1e-9 if min(num_a, num_b) > dim else 1e-4  # sqrtm itself is poor where a covariance is singular
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), [(64, 64), (200, 500)])
+def test_frechet_distance_is_torch_fidelitys(num_a: int, num_b: int) -> None:
+    a, b = sets(num_a, num_b, 256)
+    statistics = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_identical_sets_are_at_distance_zero_and_shifted_ones_at_the_shift() -> None:
+    a, _ = sets(100, 2, 40)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a[::-1] + 2.0) == pytest.approx(40 * 4.0)
+
+
+def test_kernel_distance_takes_every_image_where_there_are_few() -> None:
+    a, b = sets(50, 50, 16)
+    features = [Features(torch.from_numpy(x).float(), torch.zeros(50, 3)) for x in (a, b)]
+    k = [[(x @ y.T / 16 + 1) ** 3 for y in (a, b)] for x in (a, b)]  # Bińkowski et al. 2018
+    unbiased = sum((k[i][i].sum() - np.trace(k[i][i])) / (50 * 49) for i in (0, 1)) - 2 * k[0][1].mean()
+    assert kernel_distance(*features, subset_size=1000) == pytest.approx(unbiased, rel=1e-4)
+
+
+def test_interval_has_the_width_of_the_standard_error() -> None:
+    """Of a mean the standard error is known: σ/√n."""
+    torch.manual_seed(0)
+    features = Features(torch.randn(400, 1), torch.zeros(400, 1))
+    figure = with_interval(lambda a, _: float(a.pooled.mean()), features, features, num_halves=2000)
+    low, high = figure.interval_95
+    assert figure.value == pytest.approx(float(features.pooled.mean()))
+    assert (high - low) / 2 == pytest.approx(1.96 * float(features.pooled.std()) / 20, rel=0.1)
+
+
+def test_intervals_cover_the_figure_of_a_fresh_sample() -> None:
+    """The figure at this N, measured anew on fresh samples, falls into the interval about as often as promised."""
+    config = EvaluateConfig(is_splits=1)
+
+    def mixed(seed: int) -> tuple[Features, Features]:
+        rng = np.random.default_rng(seed)
+        mix = np.random.default_rng(99).normal(size=(24, 24)) / 24**0.5
+        a, b = rng.normal(size=(120, 24)) @ mix + 0.3, 1.4 * rng.normal(size=(120, 24)) @ mix
+        return Features(torch.from_numpy(a), torch.from_numpy(a)), Features(torch.from_numpy(b), torch.from_numpy(b))
+
+    figures = [compare(*mixed(seed), config) for seed in range(30)]
+    for number in (0, 1):  # Fréchet and kernel distance
+        typical = np.mean([figure[number].value for figure in figures])
+        covered = np.mean([low <= typical <= high for low, high in (figure[number].interval_95 for figure in figures)])
+        assert covered >= 0.8, (number, covered)
+
+
+def test_too_few_images_are_refused() -> None:
+    with pytest.raises(UserError, match=r"is_splits=10 needs at least 20 generated images.*num_generated is 19"):
+        check_counts(19, 100, EvaluateConfig())
+    with pytest.raises(UserError, match="holds 1 image"):
+        check_counts(100, 1, EvaluateConfig())
+    check_counts(20, 2, EvaluateConfig())
