@@ -40,10 +40,11 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
-        if error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        message = f"{error.filename}: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = f"{error.filename or 'writing'}: {error.strerror}"
+        if full:
             message += "; what is finished is kept: make room and run the same command again"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from where it was"

@@ -13,9 +13,6 @@ from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
 from cxr_vae.models import VAE, build_model
 
-FINAL = "vae_final.safetensors"
-
-
 PATHS: Any = {"run_dir": True, "resources": True, "data": {"source", "shards"}}
 """Of the configuration, what stays out of the file: paths and resources of the machine that trained."""
 
@@ -41,3 +38,20 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
     model = build_model(config).to(device)
     model.load_state_dict(tensors)
     return model.eval(), config
+
+
+def hyperparameters(config: Config, model: VAE) -> dict[str, str | int | float]:
+    """What a paper's table of hyperparameters holds."""
+    return {
+        "model": config.model.name,
+        "latent_dim": config.model.latent_dim,
+        "image_size": config.data.image_size,
+        "batch_size": config.train.batch_size,
+        "epochs": config.train.epochs,
+        "optimizer": config.optimizer.name,
+        "lr": config.optimizer.lr,
+        "kl_weight": config.objective.kl_weight,
+        "precision": config.train.precision,
+        "seed": config.seed,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }

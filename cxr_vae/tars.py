@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from safetensors.numpy import load_file
 
+from cxr_vae.errors import UserError
 from cxr_vae.files import naming, sha256_of
 from cxr_vae.images import Fit, UnreadableImageError, decode_grey, to_square
 from cxr_vae.index import Columns, columns_of, save_columns
@@ -31,6 +32,10 @@ class Preprocessing:
     image_size: int = 224
     fit: Fit = "stretch"
     format: Literal["png", "jpg", "raw"] = "png"
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.image_size <= 4096:
+            raise UserError(f"image size {self.image_size} should be from 8 to 4096 pixels")
 
     @property
     def suffix(self) -> str:

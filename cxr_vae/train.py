@@ -17,14 +17,14 @@ from cxr_vae.console import Progress
 from cxr_vae.dataset import XrayDataset, open_dataset, read_ahead
 from cxr_vae.distributed import World, even_parts, gradients_stay_local, world
 from cxr_vae.errors import UserError
-from cxr_vae.export import save_vae
+from cxr_vae.export import hyperparameters, save_vae
 from cxr_vae.files import write_json
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.noise import normal
 from cxr_vae.pictures import save_loss_curves
 from cxr_vae.precision import advise, autocast, check_precision
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import RunLog, loss_record, read_epochs
+from cxr_vae.run_log import RunLog, in_words, loss_record, read_epochs
 from cxr_vae.schedules import kl_weight, learning_rate
 from cxr_vae.state import TrainState
 from cxr_vae.stopping import StopSignal
@@ -74,6 +74,7 @@ class Training:
         identity = {"index_hash": train_set.index.content_hash, "config": config.model_dump()}
         checkpoints = Checkpoints(run.checkpoints, here, config.checkpoint.keep, identity)
         loaded, skipped = checkpoints.load_latest(state)
+        check_length(config, state, len(train_set))
         if here.is_main:
             run.claim(config, {"world_size": here.size, "device": str(here.device)})
         log = RunLog(run, state.step, enabled=here.is_main)
@@ -85,8 +86,8 @@ class Training:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run; the last one may reach a few images into a further epoch."""
-        return math.ceil(self.config.train.epochs * len(self.train_set) / self.config.train.batch_size)
+        """Steps of the whole run."""
+        return count_steps(self.config, len(self.train_set))
 
     def loop(self, stop: StopSignal) -> bool:
         """Steps until the last one or a signal, on all ranks together; returns whether the last one was reached."""
@@ -109,6 +110,7 @@ class Training:
                     self.end_epoch(progress)
                 stopping = self.here.any(stop.requested)
                 if stopping or finished or state.step % self.config.checkpoint.every == 0:
+                    self.losses_of(sums)  # no checkpoint of a loss that is no number
                     self.log.sync()
                     self.checkpoints.save(state)
                 if stopping and not finished:
@@ -150,19 +152,24 @@ class Training:
         here.average_buffers(state.model)
         return here.sum_(sums)
 
+    def losses_of(self, sums: Tensor) -> Losses:
+        """Mean losses of the step just done; UserError, on every rank, where they are no numbers any more."""
+        losses = Losses(*(sums / self.config.train.batch_size).cpu())
+        if not losses.total().isfinite():
+            raise UserError(
+                f"the loss is {float(losses.total())} at step {self.state.step}: lower optimizer.lr or use "
+                "train.precision=fp32; the checkpoints before it are whole"
+            )
+        return losses
+
     def log_step(self, sums: Tensor) -> None:
         """Records the losses of the step just done."""
-        if not self.here.is_main:
-            return
         state, config = self.state, self.config
         weight = kl_weight(state.step - 1, config.objective)
-        record = loss_record(Losses(*(sums / config.train.batch_size).cpu()), weight, config.data.image_size)
+        record = loss_record(self.losses_of(sums), weight, config.data.image_size)
         rate = learning_rate(state.step - 1, self.num_steps, config.optimizer)
-        self.log.step(
-            state.step,
-            config.train.batch_size,
-            {"samples_seen": state.samples_seen, **record, "lr": rate, "kl_weight": weight},
-        )
+        record = {"samples_seen": state.samples_seen, **record, "lr": rate, "kl_weight": weight}
+        self.log.step(state.step, config.train.batch_size, record)
 
     def end_epoch(self, progress: Progress) -> None:
         """Test loss, records and pictures."""
@@ -190,25 +197,9 @@ class Training:
         epochs = read_epochs(run)
         if epochs:
             save_loss_curves(run.curves, epochs)
-        model = state.best_model
-        hyperparameters = {
-            "model": config.model.name,
-            "latent_dim": config.model.latent_dim,
-            "image_size": config.data.image_size,
-            "batch_size": config.train.batch_size,
-            "epochs": config.train.epochs,
-            "lr": config.optimizer.lr,
-            "optimizer": config.optimizer.name,
-            "kl_weight": config.objective.kl_weight,
-            "precision": config.train.precision,
-            "seed": config.seed,
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "num_train_images": len(self.train_set),
-            "num_test_images": len(self.test_set),
-            "num_steps": state.step,
-        }
-        write_json(run.path / "hyperparameters.json", hyperparameters)
-        save_vae(run.weights, model, config, step=state.step, samples_seen=state.samples_seen)
+        sizes = {"num_train_images": len(self.train_set), "num_test_images": len(self.test_set)}
+        write_json(run.path / "hyperparameters.json", hyperparameters(config, state.best_model) | sizes)
+        save_vae(run.weights, state.best_model, config, step=state.step, samples_seen=state.samples_seen)
         print(f"trained weights: {run.weights}", flush=True)
 
     def greeting(self, loaded: str | None) -> str:
@@ -223,12 +214,18 @@ class Training:
         )
 
 
-def in_words(record: dict[str, float]) -> str:
-    """`610.2 = 590.1 + KL 20.1 nats/image, 0.851 bits/dim`."""
-    return (
-        f"{record['loss_nats']:.1f} nats/image (reconstruction {record['reconstruction_nats']:.1f}, "
-        f"KL {record['kl_nats']:.1f}, {record['bits_per_dim']:.3f} bits/dim)"
-    )
+def count_steps(config: Config, num_images: int) -> int:
+    """Steps of a run, each of a whole batch: the last one may reach a few images into a further epoch."""
+    return math.ceil(config.train.epochs * num_images / config.train.batch_size)
+
+
+def check_length(config: Config, state: TrainState, num_images: int) -> None:
+    """Raises UserError where the run is past the end that is asked for: its weights would be mislabelled."""
+    if state.step > count_steps(config, num_images):
+        raise UserError(
+            f"{config.run_dir} has done {state.step} steps, more than the {count_steps(config, num_images)} of "
+            f"train.epochs={config.train.epochs}: ask for more epochs or name another run_dir"
+        )
 
 
 def check_batch(config: Config, here: World) -> None:

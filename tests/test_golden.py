@@ -32,7 +32,7 @@ def draw(folder: Path) -> None:
 
 
 def curve(folder: Path) -> list[list[float]]:
-    """Of each step: number, reconstruction, KL, bits/dim, learning rate, KL weight; of each epoch: number, test losses."""
+    """Of each step: number, reconstruction, KL, bits/dim, learning rate, KL weight. Of each epoch: number, test."""
     draw(folder / "source")
     write_shards(folder / "source", folder / "shards", Preprocessing(32), workers=1)
     options = [*OPTIONS, f"data.shards={folder / 'shards'}", f"run_dir={folder / 'run'}"]

@@ -242,6 +242,13 @@ def test_damaged_shards_are_refused_in_words(shards: Path, tmp_path: Path, damag
     assert "cxr-vae shard" in str(error.value)
 
 
+@pytest.mark.parametrize("size", [-224, 0, 7, 5000])
+def test_impossible_sizes_are_refused(source: Path, tmp_path: Path, size: int) -> None:
+    with pytest.raises(UserError, match=f"image size {size} should be from 8 to 4096"):
+        write_shards(source, tmp_path / "out", Preprocessing(size))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_split_is_refused(shards: Path) -> None:
     with pytest.raises(UserError, match="no split tset; it has test, train"):
         ShardDirectory.open(shards).split("tset")

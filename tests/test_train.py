@@ -56,7 +56,7 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed: Path) -> None:
         assert grid.size == (8 * 34 + 2, 4 * 34 + 2)  # 16 of 18 test images in whole rows, each above its copy
     hyperparameters = json.loads((undisturbed / "hyperparameters.json").read_text())
     assert hyperparameters["batch_size"] == 14
-    assert hyperparameters["num_steps"] == 40
+    assert hyperparameters["num_train_images"] == 70
     records = read_records(undisturbed / "metrics.jsonl")
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 41))
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -207,9 +207,22 @@ class TestMistakes:
             pytest.skip("there is a GPU here")
         check_sentence(cxr_vae(*arguments(shards, tmp_path / "run"), "device=cuda"), "no GPU here")
 
+    def test_fewer_epochs_than_are_done(self, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(undisturbed, tmp_path / "run")
+        options = [option for option in LONG if option != "schedule=cosine"]
+        check_sentence(cxr_vae(*arguments(shards, run, *options, "schedule=cosine", "epochs=8", "epochs=4")), "cosine")
+        plain = tmp_path / "plain"
+        assert cxr_vae(*arguments(shards, plain, "epochs=2")).returncode == 0
+        check_sentence(cxr_vae(*arguments(shards, plain, "epochs=1")), "has done 10 steps, more than the 5")
+
     def test_a_loss_that_explodes(self, shards: Path, tmp_path: Path) -> None:
         result = cxr_vae(*arguments(shards, tmp_path / "run", "lr=1e30", "precision=fp32"))
         check_sentence(result, "the loss is", "at step", "lower optimizer.lr")
+
+    def test_no_checkpoint_is_made_of_a_loss_that_is_no_number(self, shards: Path, tmp_path: Path) -> None:
+        options = ("lr=1e30", "precision=fp32", "log_every=1000", "checkpoint.every=4")
+        check_sentence(cxr_vae(*arguments(shards, tmp_path / "run", *options)), "the loss is", "at step 4")
+        assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_progress_in_a_log_file_is_whole_lines(shards: Path, tmp_path: Path) -> None:
