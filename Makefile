@@ -48,7 +48,7 @@ type: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 test-only: $(VENV)/installed-dev
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 clean:
 	rm -rf demo

@@ -7,7 +7,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
 from cxr_vae.features import Features
-from cxr_vae.metrics import check_counts, compare, frechet_distance, kernel_distance, with_interval
+from cxr_vae.metrics import check_counts, compare, frechet_distance, kernel_distance, unbiased_mmd, with_interval
 
 
 def sets(num_a: int, num_b: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +47,13 @@ def test_kernel_distance_takes_every_image_where_there_are_few() -> None:
     k = [[(x @ y.T / 16 + 1) ** 3 for y in (a, b)] for x in (a, b)]  # Bińkowski et al. 2018
     unbiased = sum((k[i][i].sum() - np.trace(k[i][i])) / (50 * 49) for i in (0, 1)) - 2 * k[0][1].mean()
     assert kernel_distance(*features, subset_size=1000) == pytest.approx(unbiased, rel=1e-4)
+    assert unbiased_mmd(a, b) == pytest.approx(unbiased, rel=1e-9)
+
+
+def test_kernel_distance_of_subsets_converges_to_that_of_all() -> None:
+    a, b = sets(90, 60, 16)
+    features = [Features(torch.from_numpy(x).float(), torch.zeros(len(x), 3)) for x in (a, b)]
+    assert kernel_distance(*features, subset_size=55) == pytest.approx(unbiased_mmd(a, b), rel=0.05)
 
 
 def test_interval_has_the_width_of_the_standard_error() -> None:

@@ -19,7 +19,7 @@ def blocks(path: Path) -> list[str]:
 
 def commands(path: Path) -> list[str]:
     """Lines of code blocks that call us, without comments."""
-    lines = [line.strip() for block in blocks(path) for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.partition(" #")[0].strip() for block in blocks(path) for line in block.splitlines()]
     return [line for line in lines if re.match(r"(cxr-vae|cxr-launch|torchrun|make|python benchmarks/|sbatch)\b", line)]
 
 
