@@ -72,7 +72,7 @@ def choose_network(wanted: str) -> str:
             f"{inception_weights.HOW_TO_GET_THEM}. For figures that are no FID: features=random"
         )
     try:
-        inception_weights.fetch_weights(timeout_s=10)
+        inception_weights.fetch_weights(timeout_s=10, within_s=10)
     except UserError as error:
         reason = str(error).partition(": run ")[0]
         print(f"features=auto: no Inception weights here ({reason}); random ones instead", flush=True)

@@ -37,7 +37,9 @@ def decode_grey(content: bytes) -> Image.Image:
         raise UnreadableImageError("not a JPEG or PNG image") from None
     except Image.DecompressionBombError:
         raise UnreadableImageError("too many pixels to be an X-ray (a decompression bomb?)") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what PIL raises for broken data
+    except MemoryError:
+        raise  # no fault of the image
+    except Exception as error:  # PIL's parsers raise nearly anything for broken data, EXIF above all
         raise UnreadableImageError(f"damaged: {error}") from None
     if min(image.size) < MIN_SIDE:
         raise UnreadableImageError(f"{image.width} x {image.height} pixels, expected at least {MIN_SIDE} a side")

@@ -3,11 +3,14 @@
 They lie in torch's own cache, where torch-fidelity looks for them too, and are used only after their SHA-256 was seen.
 """
 
+import http.client
+import math
 import shutil
 import tempfile
-import urllib.error
+import time
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -41,10 +44,10 @@ def find_weights() -> Path | None:
     return path
 
 
-def fetch_weights(source: Path | None = None, timeout_s: float = 30.0) -> Path:
+def fetch_weights(source: Path | None = None, timeout_s: float = 30.0, within_s: float = math.inf) -> Path:
     """Puts the file into the cache, from `source` or the internet; only a file with the right hash gets there.
 
-    `timeout_s`: how long the server may stay silent.
+    `timeout_s`: how long the server may stay silent. `within_s`: how long all of the download may take.
     """
     target = cache_path()
     if find_weights():
@@ -58,19 +61,28 @@ def fetch_weights(source: Path | None = None, timeout_s: float = 30.0) -> Path:
                 shutil.copyfileobj(original, file)
         else:
             try:
-                with urllib.request.urlopen(URL, timeout=timeout_s) as response:
-                    shutil.copyfileobj(response, file)
-            except (urllib.error.URLError, OSError) as error:
+                _download(file, timeout_s, within_s)
+            except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)
                 raise UserError(f"{URL} can't be downloaded ({reason}): {HOW_TO_GET_THEM}") from None
         file.flush()
         fault = find_fault(Path(file.name))
         if fault:
             raise UserError(f"{source or URL} {fault}: {HOW_TO_GET_THEM}")
+        Path(file.name).chmod(0o644)  # a shared cache is for others, too
         # A hard link to the finished content: the name appears with all of it or not at all.
         target.unlink(missing_ok=True)
         target.hardlink_to(file.name)
     return target
+
+
+def _download(file: IO[bytes], timeout_s: float, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    with urllib.request.urlopen(URL, timeout=timeout_s) as response:
+        while block := response.read1(1 << 20):  # what is there: `read` waits for the whole block
+            file.write(block)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{file.tell() >> 20} of {NUM_BYTES >> 20} MiB came in {within_s:g} s")
 
 
 def find_fault(path: Path) -> str | None:

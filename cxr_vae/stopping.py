@@ -11,11 +11,20 @@ STOPPED_EXIT_CODE = 75
 
 
 class StopSignal:
-    """While entered, a signal sets `requested` and nothing else; in a forked child it does nothing at all."""
+    """While entered, a signal sets `requested` and nothing else; in a forked child it does nothing at all.
+
+    The death of the torchrun that started this process is a signal, too: else its ranks would go on unseen.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
         self._owner = os.getpid()
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def requested(self) -> bool:
+        """Whether to save and leave at the next opportunity."""
+        return self._signalled or (self._torchrun is not None and os.getppid() != self._torchrun)
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -29,4 +38,4 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
-            self.requested = True
+            self._signalled = True

@@ -1,5 +1,6 @@
 """What several tests need: images to shard, commands in their own processes, checks under torchrun."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -78,3 +79,13 @@ def check_sentence(result: "subprocess.CompletedProcess[str]", *parts: str, prog
     for part in parts:
         assert part in lines[0], lines[0]
     return lines[0]
+
+
+def processes_with(argument: str) -> list[int]:
+    """Ids of the processes that have this argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found

@@ -61,6 +61,23 @@ def test_exif_orientation_is_applied() -> None:
     assert grey(encoded(Image.fromarray(RAMP), "JPEG", exif=exif)).shape == RAMP.shape[::-1]
 
 
+@pytest.mark.filterwarnings("ignore")  # PIL warns of broken EXIF
+def test_broken_exif_gives_an_image_or_a_reason_but_no_traceback() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a chest, from in front", 72.0
+    whole = exif.tobytes()
+    reasons = set()
+    for position in range(6, len(whole)):  # behind "Exif"
+        for value in (0, 5, 13, 255):
+            broken = whole[:position] + bytes([value]) + whole[position + 1 :]
+            try:
+                decode_grey(encoded(Image.fromarray(RAMP), "JPEG", exif=broken))
+            except UnreadableImageError as error:
+                reasons.add(str(error))
+    assert reasons  # PIL raised something
+    assert all(reason.startswith("damaged: ") for reason in reasons)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -1,6 +1,9 @@
+import contextlib
 import hashlib
 import http.server
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +68,7 @@ def test_a_file_with_the_right_hash_is_taken(tmp_path: Path, expected: None) -> 
     path = fetch_weights(tmp_path / "download.pth")
     assert path == find_weights()
     assert path.read_bytes() == CONTENT
+    assert path.stat().st_mode & 0o044 == 0o044  # others who share the cache can read it
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
 
@@ -92,6 +96,39 @@ def test_a_download_that_was_cut_or_exchanged_is_refused(server: Path, expected:
 def test_a_failed_download_says_what_else_can_be_done(server: Path) -> None:
     with pytest.raises(UserError, match=r"can't be downloaded .*fetch-weights --from FILE"):
         fetch_weights()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"hello\r\n\r\n", "hello"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nabc", "IncompleteRead"),
+        (None, "came in 1 s"),
+    ],
+)
+def test_a_strange_server_is_a_failed_download(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, reason: str
+) -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.recv(4096)
+        if answer is not None:
+            connection.sendall(answer)
+        else:  # never silent for long, never at an end
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(inception_weights, "URL", f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth")
+        threading.Thread(target=lambda: serve(server.accept()[0]), daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"can't be downloaded \(.*{reason}"):
+            fetch_weights(timeout_s=5, within_s=1)
+        assert time.monotonic() - began < 4
+    assert list(cache_path().parent.iterdir()) == []
 
 
 def test_a_damaged_file_in_the_cache_is_not_used(expected: None) -> None:

@@ -18,7 +18,7 @@ from cxr_vae.config_file import load_config
 from cxr_vae.export import load_vae
 from cxr_vae.run_log import read_records
 from cxr_vae.stopping import STOPPED_EXIT_CODE
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
+from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, processes_with
 
 
 def arguments(shards: Path, run_dir: Path, *options: str) -> list[str]:
@@ -131,6 +131,26 @@ def test_two_processes_under_torchrun_train_resume_and_agree(shards: Path, tmp_p
     assert "going on from step-0000000010" in longer.stdout
     assert longer.stdout.count("epoch 4/4") == 1  # printed by the first rank only
     assert_same_result(whole, stopped)
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_leave(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    call = command("cxr-vae", *arguments(shards, run, "epochs=1000", "checkpoint.every=100000"), ranks=2)
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(call, env=environment(), stdout=log, stderr=log)
+    while len(read_records(run / "metrics.jsonl")) < 5:
+        assert torchrun.poll() is None
+        time.sleep(0.05)
+    torchrun.kill()
+    torchrun.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and "stopped by a signal" not in (tmp_path / "log").read_text():
+        time.sleep(0.1)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{read_records(run / 'metrics.jsonl')[-1]['step']:010d}"
+    while time.monotonic() < deadline and processes_with(f"run_dir={run}"):
+        time.sleep(0.1)
+    assert processes_with(f"run_dir={run}") == []
 
 
 def test_a_finished_run_is_left_as_it_is(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
