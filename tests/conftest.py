@@ -1,6 +1,7 @@
 """Small real data that many tests share: X-ray-like JPEGs in Kaggle's layout, and shards of them."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 from cxr_vae.shards import write_shards
 from cxr_vae.tars import Preprocessing
 from tests.helpers import draw_source
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in the commands the tests start, also where a background shell had made all of us ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ LAYERS = [
     ["config", "files", "console", "workers"],
     ["config_file"],
     ["distributed", "noise", "precision", "schedules", "stopping"],
+    ["phantom_shapes"],
     ["phantom"],
     ["phantom_set"],
     ["sources", "images", "index"],
