@@ -39,7 +39,7 @@ class Checkpoints:
     world: World
     keep: int
     identity: Mapping[str, Any]
-    """What a checkpoint belongs to (the configuration, the index hash), kept in its manifest."""
+    """What a checkpoint belongs to (the configuration, the splits' index hashes), kept in its manifest."""
 
     def save(self, state: TrainState) -> None:
         """Writes and publishes the state, all ranks together; then removes all but the newest `keep`."""
@@ -76,7 +76,8 @@ class Checkpoints:
     def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
         """Loads the newest checkpoint that verifies into `state`.
 
-        Returns its name (None: there is none, the state is untouched) and a sentence for each that was skipped.
+        Returns its name (None: there is none, the state is untouched) and a sentence for each that was skipped. Those
+        are renamed to `….damaged`: else they would stand in the way of what is saved when their step comes again.
         """
         name, skipped = self.world.broadcast(self._newest_whole() if self.world.is_main else None)
         if name is None:
@@ -123,7 +124,10 @@ class Checkpoints:
             fault = find_fault(self.directory / name, self.identity)
             if fault is None:
                 return name, skipped
-            skipped.append(f"{self.directory / name} skipped: {fault}")
+            aside = (self.directory / name).with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (self.directory / name).rename(aside)
+            skipped.append(f"{self.directory / name} skipped: {fault}; it is now {aside.name}")
         return None, skipped
 
 
@@ -152,7 +156,7 @@ def find_fault(path: Path, identity: Mapping[str, Any]) -> str | None:
     """
     try:
         manifest = read_json(path / MANIFEST, hint="")
-        files, index_hash = manifest["files"], manifest["index_hash"]
+        files, index_hashes = manifest["files"], manifest["index_hashes"]
     except UserError:
         return f"its {MANIFEST} is missing or damaged"
     except (KeyError, TypeError):
@@ -165,7 +169,7 @@ def find_fault(path: Path, identity: Mapping[str, Any]) -> str | None:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
         if sha256_of(file) != expected["sha256"]:
             return f"{name} is damaged (its SHA-256 is not the manifest's)"
-    if index_hash != identity["index_hash"]:
+    if index_hashes != identity["index_hashes"]:
         raise UserError(
             f"{path} was trained on other images than data.shards holds now (another index hash): "
             "restore those shards or choose another run_dir"

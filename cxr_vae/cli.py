@@ -46,7 +46,7 @@ def _add_phantom(commands: Any) -> None:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write train/, val/ and test/ into")
     parser.add_argument("--num", type=int, default=600, help="images in all")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything drawn")
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
 
 
@@ -130,6 +130,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
+
+
 def _add_train(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -165,7 +172,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--num", type=positive, default=64, help="images")
     parser.add_argument("--out", type=Path, required=True, help="new folder for 000000.png …")
-    parser.add_argument("--seed", type=int, help="of the latents (default: the run's seed)")
+    parser.add_argument("--seed", type=seed, help="of the latents (default: the run's seed)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
 
 

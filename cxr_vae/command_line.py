@@ -3,8 +3,10 @@
 import argparse
 import errno
 import os
+import socket
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,9 @@ from cxr_vae.errors import UserError
 Command = Callable[[argparse.Namespace], int]
 
 OVERRIDES_HELP = "options by their dotted key, such as train.epochs=2 (`cxr-vae config` lists them all)"
+
+
+OTHERS_WAIT_S = 3.0
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +36,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
-    """Calls a command and turns what a user can mend into one sentence on stderr (of the first rank only)."""
+    """Calls a command and turns what a user can mend into one sentence on stderr."""
     try:
         return command(arguments)
     except UserError as error:
@@ -48,8 +53,11 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
             message += "; what is finished is kept: make room and run the same command again"
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from where it was"
-    if rank() == 0:
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    if rank() > 0:
+        # What befell every rank is told by the first, and torchrun or Slurm ends the others before this time is over.
+        time.sleep(OTHERS_WAIT_S)
+        program = f"rank {rank()} on {socket.gethostname()}: {program}"
+    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     return 2
 
 

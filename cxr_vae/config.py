@@ -118,8 +118,8 @@ class CheckpointConfig(Section):
 class EvaluateConfig(Section):
     """Generated images against real ones."""
 
-    num_generated: int = Field(1000, ge=2, description="images to generate")
-    num_real: int = Field(1000, ge=2, description="real images to compare with (all, where the split has fewer)")
+    num_generated: int = Field(1000, ge=4, description="images to generate")
+    num_real: int = Field(1000, ge=4, description="real images to compare with (all, where the split has fewer)")
     real_split: str = Field("test", min_length=1, description="split the real images are taken from")
     floor_split: str = Field("train", min_length=1, description="split whose real images give the floor")
     features: Literal["inception", "random", "auto"] = Field(

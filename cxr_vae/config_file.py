@@ -47,6 +47,10 @@ for _class in (_Core, _CoreDumper):
         )
 
 
+# PyYAML would read 010 as octal, as YAML 1.1 does.
+_Core.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults ← the YAML file at `path` ← overrides such as `train.epochs=2`.
 

@@ -134,14 +134,22 @@ def _in_order(
         yield torch.cat([part.result() for part in parts])
 
 
+def open_split(config: DataConfig, split: str) -> SplitIndex:
+    """The index of a split of `config.shards`; UserError where they were made otherwise than `config` says."""
+    index = ShardDirectory.open(Path(config.shards)).split(split)
+    for name in ("image_size", "fit", "format"):
+        made, said = getattr(index, name), getattr(config, name)
+        if made != said:
+            raise UserError(
+                f"{config.shards} was made with {name}={made}, but data.{name} is {said}: "
+                f"set data.{name}={made}, or name another folder of shards"
+            )
+    return index
+
+
 def open_dataset(config: DataConfig, split: str, num_processes: int) -> XrayDataset:
     """A split of `config.shards`, loaded as `config.loading` says by each of a machine's `num_processes`."""
-    index = ShardDirectory.open(Path(config.shards)).split(split)
-    if index.image_size != config.image_size:
-        raise UserError(
-            f"{config.shards} holds images of {index.image_size} pixels, data.image_size is {config.image_size}: "
-            "set it to that of the shards, or shard again"
-        )
+    index = open_split(config, split)
     in_memory = config.loading == "memory" or (config.loading == "auto" and fits_in_memory(index, num_processes))
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // num_processes)
     return XrayDataset(index, in_memory=in_memory, workers=workers)

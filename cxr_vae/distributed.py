@@ -111,12 +111,13 @@ def world(device: str = "auto") -> Iterator[World]:
     here = World(rank, size, local_rank, local_size, _device(device, local_rank))
     if here.device.type == "cuda":
         torch.cuda.set_device(here.device)
+        torch.backends.cudnn.deterministic = True  # a resumed run should end as one that was not broken off
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size == 1:
         yield here
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if here.device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(_backend(here, torch.cuda.device_count()), timeout=TIMEOUT)
     yield here
     # Not in a `finally`: after an error the other ranks may hang in a collective, and destroying would wait for them.
     dist.destroy_process_group()
@@ -128,6 +129,17 @@ def _device(name: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=auto or cpu, or install torch's CUDA build")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _backend(here: World, num_gpus: int) -> str:
+    """What carries tensors between the ranks. NCCL refuses two ranks on one GPU; gloo, by way of the CPU, doesn't."""
+    if here.device.type == "cpu":
+        return "gloo"
+    if here.local_size <= num_gpus:
+        return "cpu:gloo,cuda:nccl"
+    if here.local_rank == 0:
+        print(f"{here.local_size} processes share {num_gpus} GPU: one process a GPU is faster", flush=True)
+    return "cpu:gloo,cuda:gloo"
 
 
 def rank_from_environment() -> int:

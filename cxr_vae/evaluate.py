@@ -20,14 +20,14 @@ from torch import Tensor
 from cxr_vae.config import Config
 from cxr_vae.config_file import override_config
 from cxr_vae.console import Progress
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.dataset import XrayDataset, open_split
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
 from cxr_vae.export import load_vae
 from cxr_vae.features import FeatureNetwork, Features, choose_network, load_network
 from cxr_vae.files import read_json, sha256_of, write_json
 from cxr_vae.generate import claim, my_blocks, sample, write_images
-from cxr_vae.index import ShardDirectory, SplitIndex
+from cxr_vae.index import SplitIndex
 from cxr_vae.metrics import NAMES, Figure, check_counts, compare, inception_score
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
@@ -60,7 +60,8 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         model, _ = load_vae(run.weights, here.device)
         real_index, floor_index = open_splits(config)
         num_real = min(config.evaluate.num_real, len(real_index))
-        check_counts(config.evaluate.num_generated, num_real, config.evaluate)
+        num_floor = min(config.evaluate.num_generated, len(floor_index))
+        check_counts(num_real, num_floor, config.evaluate)
         network_name = here.broadcast(choose_network(config.evaluate.features) if here.is_main else None)
         request = {
             "run_weights_sha256": sha256_of(run.weights),
@@ -88,7 +89,7 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
             {"weights_sha256": request["run_weights_sha256"], "seed": config.seed, "prior": "standard normal"},
         )
         real = real_images(real_index, num_real, config, run.evaluation / "real")
-        floor = real_images(floor_index, min(config.evaluate.num_generated, len(floor_index)), config, None)
+        floor = real_images(floor_index, num_floor, config, None)
         features = [extract(images, network, here) for images in (generated, real, floor)]
         if not here.is_main:
             return {}
@@ -104,8 +105,7 @@ def open_splits(config: Config) -> tuple[SplitIndex, SplitIndex]:
     names = (config.evaluate.real_split, config.evaluate.floor_split)
     if names[0] == names[1]:
         raise UserError(f"evaluate.floor_split and evaluate.real_split are both {names[0]}: name two different splits")
-    shards = ShardDirectory.open(Path(config.data.shards))
-    return shards.split(names[0]), shards.split(names[1])
+    return open_split(config.data, names[0]), open_split(config.data, names[1])
 
 
 def real_images(index: SplitIndex, num: int, config: Config, folder: Path | None) -> ImageSet:

@@ -40,6 +40,15 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE,
     return model.eval(), config
 
 
+def set_aside(path: Path) -> None:
+    """Renames weights, if there are any, by their step: vae_step-0000000010.safetensors."""
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        step = json.loads(file.metadata()["cxr_vae"])["step"]
+    path.rename(path.with_name(f"vae_step-{step:010d}.safetensors"))
+
+
 def hyperparameters(config: Config, model: VAE) -> dict[str, str | int | float]:
     """What a paper's table of hyperparameters holds."""
     return {

@@ -64,13 +64,11 @@ def choose_network(wanted: str) -> str:
     """
     if wanted == "random":
         return wanted
+    if wanted == "inception":
+        inception_weights.require_weights()
+        return wanted
     if inception_weights.find_weights():
         return "inception"
-    if wanted == "inception":
-        raise UserError(
-            f"the Inception weights are not in {inception_weights.cache_path().parent}: "
-            f"{inception_weights.HOW_TO_GET_THEM}. For figures that are no FID: features=random"
-        )
     try:
         inception_weights.fetch_weights(timeout_s=10, within_s=10)
     except UserError as error:
@@ -83,8 +81,7 @@ def choose_network(wanted: str) -> str:
 def load_network(name: str, device: torch.device) -> FeatureNetwork:
     """The `inception` network, or the same with `random` weights."""
     if name == "inception":
-        path = inception_weights.find_weights()
-        assert path is not None, "choose_network comes first"
+        path = inception_weights.require_weights()
         module: nn.Module = FeatureExtractorInceptionV3(name, LAYERS, feature_extractor_weights_path=str(path))
         sha256 = inception_weights.SHA256
     else:

@@ -44,6 +44,17 @@ def find_weights() -> Path | None:
     return path
 
 
+def require_weights() -> Path:
+    """The verified file in the cache; UserError with the ways to get it where there is none."""
+    path = find_weights()
+    if path is None:
+        raise UserError(
+            f"the Inception weights are not in {cache_path().parent}: {HOW_TO_GET_THEM}. "
+            "For figures that are no FID: features=random"
+        )
+    return path
+
+
 def fetch_weights(source: Path | None = None, timeout_s: float = 30.0, within_s: float = math.inf) -> Path:
     """Puts the file into the cache, from `source` or the internet; only a file with the right hash gets there.
 

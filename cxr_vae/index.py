@@ -34,7 +34,7 @@ TEXTS = ("key", "source", "patient")
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-RESHARD = "write the shards again with `cxr-vae shard`"
+RESHARD = "delete this folder and write the shards again with `cxr-vae shard`"
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -75,6 +75,7 @@ class SplitIndex:
         self.directory, self.split = directory, split
         self.path = directory / entry["index"]["file"]
         self.image_size = int(manifest["image_size"])
+        self.fit = str(manifest["fit"])
         self.format = str(manifest["format"])
         self.classes: list[str] = manifest["classes"]
         self.content_hash: str = entry["index"]["sha256"]
@@ -134,7 +135,7 @@ class ShardDirectory:
         """Reads the manifest; UserError where there is none or it is damaged."""
         if not path.is_dir():
             raise UserError(f"{path}: no such shard directory; make it with `cxr-vae shard SOURCE {path}`")
-        manifest = read_json(path / MANIFEST, hint=f"these shards are not finished; {RESHARD}")
+        manifest = read_json(path / MANIFEST, hint="these shards are not finished: run `cxr-vae shard`")
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path / MANIFEST} is not a manifest of format version {FORMAT_VERSION}: {RESHARD}")
         return cls(path, manifest)

@@ -19,6 +19,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.features import Features
 
 NUM_HALVES = 100
+MIN_IMAGES = 4  # so that a half has two
 NAMES = {"inception": ("fid", "kid", "inception_score"), "random": ("frechet_random", "kernel_random", "score_random")}
 """Names of Fréchet distance, kernel distance and score: only the first network's may be called FID, KID and IS."""
 
@@ -98,8 +99,13 @@ def inception_score(images: Features, config: EvaluateConfig) -> Figure:
     It measures how sure and how varied an ImageNet classifier is: of X-rays that means little. Report, don't optimise.
     """
 
+    total = len(images.logits)
+    parts = min(config.is_splits, total // 2)
+
     def score(of: Features, _: Features) -> float:
-        return float(isc_features_to_metric(of.logits, min(config.is_splits, len(of.logits)))["inception_score_mean"])
+        # A half of the images is split into half as many parts: the score depends on the size of a part.
+        of_these = max(1, round(parts * len(of.logits) / total))
+        return float(isc_features_to_metric(of.logits, of_these)["inception_score_mean"])
 
     return with_interval(score, images, images)
 
@@ -126,16 +132,17 @@ def with_interval(
 
 def half(features: Features, rng: np.random.Generator) -> Features:
     """A random half of the images."""
-    chosen = np.sort(rng.permutation(len(features.pooled))[: max(2, len(features.pooled) // 2)])
+    chosen = np.sort(rng.permutation(len(features.pooled))[: len(features.pooled) // 2])
     return Features(features.pooled[chosen], features.logits[chosen])
 
 
-def check_counts(num_generated: int, num_real: int, config: EvaluateConfig) -> None:
-    """Raises UserError where there are too few images for a figure."""
-    if num_real < 2:
-        raise UserError(f"evaluate.real_split={config.real_split} holds {num_real} image; a distance needs at least 2")
-    if config.is_splits * 2 > num_generated:
+def check_counts(num_real: int, num_floor: int, config: EvaluateConfig) -> None:
+    """Raises UserError where there are too few images for a figure and its interval, which is made from halves."""
+    for num, split in ((num_real, config.real_split), (num_floor, config.floor_split)):
+        if num < MIN_IMAGES:
+            raise UserError(f"{num} images of the {split} split are too few to compare: {MIN_IMAGES} are needed")
+    if config.is_splits * 2 > config.num_generated:
         raise UserError(
             f"evaluate.is_splits={config.is_splits} needs at least {config.is_splits * 2} generated images, "
-            f"evaluate.num_generated is {num_generated}: raise it or lower is_splits"
+            f"evaluate.num_generated is {config.num_generated}: raise it or lower is_splits"
         )

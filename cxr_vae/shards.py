@@ -122,6 +122,9 @@ def _claim(out: Path, fingerprint: str) -> bool:
                 f"{out} holds shards of another source or with other options; name another folder or delete it"
             )
         shutil.rmtree(out / PARTS, ignore_errors=True)
+        finished = ShardDirectory.open(out)
+        for split in finished.manifest["splits"]:
+            finished.split(split)  # whole, or an error that says what is not
         return True
     if not plan.parent.is_dir():
         foreign = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -145,9 +148,8 @@ def _write_all(shards: list[Shard], allowed: int, workers: int, num_images: int)
     rejected: list[tuple[str, str]] = []
     missing = []
     for shard in shards:
-        if shard.tar.is_file() and shard.part.is_file():
-            rejected += read_part(shard).rejected
-        else:
+        # What was rejected may have been mended since.
+        if not shard.tar.is_file() or not shard.part.is_file() or read_part(shard).rejected:
             missing.append(shard)
     done = num_images - sum(len(shard.entries) for shard in missing)
     with Progress(num_images, "shard", done=done) as progress, worker_pool(min(workers, len(missing) or 1)) as pool:

@@ -17,7 +17,7 @@ from cxr_vae.console import Progress
 from cxr_vae.dataset import XrayDataset, open_dataset, read_ahead
 from cxr_vae.distributed import World, even_parts, gradients_stay_local, world
 from cxr_vae.errors import UserError
-from cxr_vae.export import hyperparameters, save_vae
+from cxr_vae.export import hyperparameters, save_vae, set_aside
 from cxr_vae.files import write_json
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.noise import normal
@@ -71,12 +71,15 @@ class Training:
         train_set = open_dataset(config.data, config.data.train_split, here.local_size)
         test_set = open_dataset(config.data, config.data.test_split, here.local_size)
         state = TrainState.create(config, here.device)
-        identity = {"index_hash": train_set.index.content_hash, "config": config.model_dump()}
+        hashes = {data.index.split: data.index.content_hash for data in (train_set, test_set)}
+        identity = {"index_hashes": hashes, "config": config.model_dump()}
         checkpoints = Checkpoints(run.checkpoints, here, config.checkpoint.keep, identity)
         loaded, skipped = checkpoints.load_latest(state)
         check_length(config, state, len(train_set))
         if here.is_main:
             run.claim(config, {"world_size": here.size, "device": str(here.device)})
+            if state.step < count_steps(config, len(train_set)):
+                set_aside(run.weights)  # of a run that is now made longer
         log = RunLog(run, state.step, enabled=here.is_main)
         training = cls(config, run, here, train_set, test_set, state, here.parallel(state.model), checkpoints, log)
         if here.is_main:

@@ -66,6 +66,10 @@ def launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(cluster.describe(stages))
         return 0
+    if arguments.name != "train" and config.evaluate.features == "inception":
+        from cxr_vae.inception_weights import require_weights
+
+        require_weights()  # a pipeline would find out only after the training
     resolved.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(resolved, dump_config(config))  # what is edited while a job waits doesn't change it
     code = cluster.run(stages)

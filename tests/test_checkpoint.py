@@ -17,10 +17,10 @@ from tests.helpers import TINY
 from tests.ranks import on_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-IDENTITY = {"index_hash": "abc"}
+IDENTITY = {"index_hashes": {"train": "abc"}}
 
 
-def checkpoints(folder: Path, keep: int = 3, **identity: str) -> Checkpoints:
+def checkpoints(folder: Path, keep: int = 3, **identity: object) -> Checkpoints:
     return Checkpoints(folder, ALONE, keep, IDENTITY | identity)
 
 
@@ -98,7 +98,7 @@ def test_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     folder = tmp_path / "step-0000000002"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["step"], manifest["samples_seen"], manifest["world_size"]) == (2, 8, 1)
-    assert (manifest["index_hash"], manifest["config"]) == ("abc", "x")
+    assert (manifest["index_hashes"], manifest["config"]) == ({"train": "abc"}, "x")
     assert set(manifest["files"]) | {"manifest.json"} == {path.name for path in folder.iterdir()}
     assert manifest["versions"]["torch"] == torch.__version__
 
@@ -137,10 +137,27 @@ def test_a_damaged_checkpoint_is_skipped_by_name_for_an_older_one(
     assert_equal(loaded, state)
 
 
+def test_damaged_checkpoints_dont_stand_in_the_way_of_new_ones(tmp_path: Path) -> None:
+    state = new_state()
+    for _ in range(3):
+        checkpoints(tmp_path, keep=3).save(advance(state))
+    for step in (2, 3):
+        flip(tmp_path / f"step-{step:010d}" / "__0_0.distcp")
+    loaded = new_state()
+    assert checkpoints(tmp_path, keep=1).load_latest(loaded)[0] == "step-0000000001"
+    checkpoints(tmp_path, keep=1).save(advance(loaded))  # step 2 again
+    again = new_state()
+    assert checkpoints(tmp_path, keep=1).load_latest(again) == ("step-0000000002", [])
+    assert_equal(again, loaded)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("step-0000000002", "step-0000000002.damaged", "step-0000000003.damaged")
+    ]
+
+
 def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path) -> None:
     checkpoints(tmp_path).save(advance(new_state()))
     with pytest.raises(UserError, match="trained on other images"):
-        checkpoints(tmp_path, index_hash="other").load_latest(new_state())
+        checkpoints(tmp_path, index_hashes={"train": "other"}).load_latest(new_state())
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small tmpfs")

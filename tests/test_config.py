@@ -49,6 +49,11 @@ def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path) -> None:
     assert (config.train.epochs, config.optimizer.lr, config.train.batch_size) == (4, 1e-4, 32)
 
 
+def test_numbers_are_decimal_as_in_yaml_1_2() -> None:
+    config = load_config(None, ["epochs=010", "seed=08", "latent_dim=+7"])
+    assert (config.train.epochs, config.seed, config.model.latent_dim) == (10, 8, 7)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

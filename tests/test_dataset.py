@@ -93,7 +93,7 @@ def test_open_dataset_checks_the_size_and_chooses_the_loading(shards: Path) -> N
 
     assert opened().in_memory
     assert not opened(loading="shards").in_memory
-    with pytest.raises(UserError, match=r"images of 32 pixels, data.image_size is 64"):
+    with pytest.raises(UserError, match=r"made with image_size=32, but data.image_size is 64"):
         open_dataset(DataConfig(shards=str(shards), image_size=64), "train", 1)
     with pytest.raises(UserError, match="no such shard directory"):
         open_dataset(DataConfig(shards="/nowhere", image_size=32), "train", 1)

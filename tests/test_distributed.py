@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cxr_vae.distributed import World, _backend
 from tests.ranks import on_ranks
 
 
@@ -17,6 +18,15 @@ def test_collectives_on_three_processes(tmp_path: Path) -> None:
         assert seen["broadcast"] == "from 0"
         assert seen["gather"] == ([[], [1], [2, 2]] if rank == 0 else None)
     assert [seen["slice"] for seen in ranks] == [(100, 103), (103, 107), (107, 111)]
+
+
+def test_processes_that_share_a_gpu_talk_through_gloo(capsys: pytest.CaptureFixture[str]) -> None:
+    """NCCL refuses two ranks on one GPU. Only the choice is tested: it needs no GPU."""
+    for size, num_gpus, expected in ((2, 2, "cpu:gloo,cuda:nccl"), (2, 1, "cpu:gloo,cuda:gloo")):
+        here = World(0, size, 0, size, torch.device("cuda", 0))
+        assert _backend(here, num_gpus) == expected
+    assert capsys.readouterr().out == "2 processes share 1 GPU: one process a GPU is faster\n"
+    assert _backend(World(0, 2, 0, 2, torch.device("cpu")), 0) == "gloo"
 
 
 @pytest.fixture(scope="module")

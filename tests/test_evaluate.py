@@ -9,6 +9,8 @@ from PIL import Image
 
 from cxr_vae.dataset import XrayDataset
 from cxr_vae.index import ShardDirectory
+from cxr_vae.shards import write_shards
+from cxr_vae.tars import Preprocessing
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
 
 OPTIONS = ("features=random", "num_generated=70", "num_real=40", "is_splits=4")
@@ -121,6 +123,11 @@ class TestMistakes:
 
     def test_a_floor_of_the_same_split(self, trained: Path) -> None:
         check_sentence(cxr_vae("evaluate", trained, *OPTIONS, "floor_split=test"), "name two different splits")
+
+    def test_shards_of_another_size(self, trained: Path, source: Path, tmp_path: Path) -> None:
+        write_shards(source, tmp_path / "larger", Preprocessing(image_size=64), workers=1)
+        result = cxr_vae("evaluate", trained, *OPTIONS, f"data.shards={tmp_path / 'larger'}")
+        check_sentence(result, "was made with image_size=64, but data.image_size is 32")
 
     def test_too_few_images(self, trained: Path) -> None:
         check_sentence(

@@ -161,6 +161,17 @@ class TestMistakes:
         result = launch("train", *options(source, tmp_path, "nodes=2"))
         check_sentence(result, "resources.nodes=2", "--cluster slurm", program="cxr-launch")
 
+    def test_a_pipeline_that_would_lack_the_inception_weights_at_its_end(self, source: Path, tmp_path: Path) -> None:
+        result = subprocess.run(
+            command("cxr-launch", "pipeline", *options(source, tmp_path, "features=inception")),
+            env=environment(TORCH_HOME=str(tmp_path / "cache")),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        check_sentence(result, "cxr-vae fetch-weights", "features=random", program="cxr-launch")
+        assert list(tmp_path.iterdir()) == []
+
     def test_nothing_to_shard(self, tmp_path: Path) -> None:
         result = launch("pipeline", "configs/reference.yaml", f"data.shards={tmp_path}", f"run_dir={tmp_path / 'r'}")
         check_sentence(result, "data.source is not set", program="cxr-launch")

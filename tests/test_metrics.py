@@ -7,7 +7,15 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
 from cxr_vae.features import Features
-from cxr_vae.metrics import check_counts, compare, frechet_distance, kernel_distance, unbiased_mmd, with_interval
+from cxr_vae.metrics import (
+    check_counts,
+    compare,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    unbiased_mmd,
+    with_interval,
+)
 
 
 def sets(num_a: int, num_b: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -83,9 +91,23 @@ def test_intervals_cover_the_figure_of_a_fresh_sample() -> None:
         assert covered >= 0.8, (number, covered)
 
 
+@pytest.mark.parametrize("num", [40, 96, 400])
+def test_interval_of_the_score_is_as_wide_as_fresh_samples_spread(num: int) -> None:
+    def images(seed: int) -> Features:
+        logits = 2 * torch.randn(num, 50, generator=torch.Generator().manual_seed(seed))
+        return Features(logits, logits)
+
+    figures = [inception_score(images(seed), EvaluateConfig()) for seed in range(60)]
+    spread = np.std([figure.value for figure in figures], ddof=1)
+    widths = [(high - low) / 2 / 1.96 for low, high in (figure.interval_95 for figure in figures)]
+    assert np.mean(widths) == pytest.approx(spread, rel=0.35)
+
+
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"is_splits=10 needs at least 20 generated images.*num_generated is 19"):
-        check_counts(19, 100, EvaluateConfig())
-    with pytest.raises(UserError, match="holds 1 image"):
-        check_counts(100, 1, EvaluateConfig())
-    check_counts(20, 2, EvaluateConfig())
+        check_counts(100, 100, EvaluateConfig(num_generated=19))
+    with pytest.raises(UserError, match="3 images of the test split are too few"):
+        check_counts(3, 100, EvaluateConfig())
+    with pytest.raises(UserError, match="2 images of the train split are too few"):
+        check_counts(100, 2, EvaluateConfig())
+    check_counts(4, 4, EvaluateConfig(num_generated=20))

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -205,6 +206,19 @@ def test_an_unfinished_output_of_a_source_that_changed_is_begun_anew(tmp_path: P
     assert len(directory.split("train")) == 20
 
 
+def test_an_image_that_was_mended_is_taken(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    draw_source(source, {"train": (20, 20)})
+    damaged = next((source / "train" / "NORMAL").iterdir())
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes(len(content)))  # of the same size
+    with pytest.raises(UserError, match="mend or remove them"):
+        write_shards(source, out, Preprocessing(32), workers=1)
+    damaged.write_bytes(content)
+    assert len(write_shards(source, out, Preprocessing(32), workers=1).split("train")) == 40
+    assert damaged.name not in (out / "rejected.csv").read_text()
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small tmpfs")
 def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
@@ -233,13 +247,16 @@ def test_a_full_disk_is_told_in_one_sentence_and_loses_nothing(source: Path, tmp
         (lambda out: (out / "train-000001.tar").write_bytes(b""), "has 0 bytes"),
     ],
 )
-def test_damaged_shards_are_refused_in_words(shards: Path, tmp_path: Path, damage, expected: str) -> None:
+def test_damaged_shards_are_refused_in_words(source: Path, shards: Path, tmp_path: Path, damage, expected: str) -> None:
     out = shutil.copytree(shards, tmp_path / "copy")
     damage(out)
     with pytest.raises(UserError) as error:
         ShardDirectory.open(out).split("train")
     assert expected in str(error.value)
     assert "cxr-vae shard" in str(error.value)
+    if (out / "manifest.json").exists():  # sharding again doesn't call them finished
+        with pytest.raises(UserError, match=re.escape(expected)):
+            write_shards(source, out, Preprocessing(32), workers=1)
 
 
 @pytest.mark.parametrize("size", [-224, 0, 7, 5000])

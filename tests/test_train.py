@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from cxr_vae.config_file import load_config
 from cxr_vae.export import load_vae
+from cxr_vae.index import ShardDirectory
 from cxr_vae.run_log import read_records
 from cxr_vae.stopping import STOPPED_EXIT_CODE
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, processes_with
@@ -130,6 +131,8 @@ def test_two_processes_under_torchrun_train_resume_and_agree(shards: Path, tmp_p
     assert longer.returncode == 0, longer.stderr
     assert "going on from step-0000000010" in longer.stdout
     assert longer.stdout.count("epoch 4/4") == 1  # printed by the first rank only
+    earlier, _ = load_vae(stopped / "vae_step-0000000010.safetensors")  # not taken for those of 4 epochs
+    assert earlier.latent_shape == (4,)
     assert_same_result(whole, stopped)
 
 
@@ -209,7 +212,7 @@ class TestMistakes:
 
     def test_shards_of_another_size(self, shards: Path, tmp_path: Path) -> None:
         result = cxr_vae(*arguments(shards, tmp_path / "run", "image_size=64"))
-        check_sentence(result, "holds images of 32 pixels, data.image_size is 64")
+        check_sentence(result, "was made with image_size=32, but data.image_size is 64")
         assert not (tmp_path / "run").exists()
 
     def test_a_damaged_shard(self, shards: Path, tmp_path: Path) -> None:
@@ -220,9 +223,22 @@ class TestMistakes:
     def test_a_batch_smaller_than_the_ranks(self, shards: Path, tmp_path: Path) -> None:
         result = cxr_vae(*arguments(shards, tmp_path / "run", "batch_size=1"), ranks=2)
         assert result.returncode != 0
-        ours = [line for line in result.stderr.splitlines() if line.startswith("cxr-vae: error:")]
+        ours = [line for line in result.stderr.splitlines() if "cxr-vae: error:" in line]
         assert len(ours) == 1  # of the first rank only, though torchrun adds its own account
         assert "train.batch_size=1 is less than one image for each of 2 processes" in ours[0]
+
+    def test_what_only_another_rank_meets(self, shards: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(shards, tmp_path / "copy")
+        index = ShardDirectory.open(copy).split("test")
+        tar = index.shards[index.numbers("shard")[-1]]  # the second of two ranks tests the last image
+        content = bytearray(tar.read_bytes())
+        content[index.numbers("offset")[-1] + 50] ^= 1
+        tar.write_bytes(content)
+        result = cxr_vae(*arguments(copy, tmp_path / "run", "loading=shards", "epochs=1"), ranks=2)
+        assert result.returncode != 0
+        assert re.search(
+            rf"rank 1 on \S+: cxr-vae: error: {tar} is damaged at byte \d+ \(wrong CRC-32\)", result.stderr
+        )
 
     def test_fp16_without_a_gpu(self, shards: Path, tmp_path: Path) -> None:
         options = [option for option in arguments(shards, tmp_path / "run", "precision=fp16") if option != "device=cpu"]
