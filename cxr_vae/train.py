@@ -41,11 +41,20 @@ def train(config: Config) -> bool:
     run = RunDir(Path(config.run_dir))
     run.check(config)
     with StopSignal() as stop, world(config.device) as here:
-        training = Training.begin(config, run, here)
-        finished = training.loop(stop)
-        if finished and here.is_main:
-            training.finish()
-        training.log.close()
+        return _train(config, run, here, stop)
+
+
+def _train(config: Config, run: RunDir, here: World, stop: StopSignal) -> bool:
+    """Between joining the other processes and leaving them.
+
+    A function of its own, so that DistributedDataParallel is gone before the process group is: its destructor, if it
+    held the last reference to a gloo group, would wait with Python's lock for a thread that waits for this lock.
+    """
+    training = Training.begin(config, run, here)
+    finished = training.loop(stop)
+    if finished and here.is_main:
+        training.finish()
+    training.log.close()
     return finished
 
 
