@@ -4,6 +4,7 @@ Knows torch.distributed and the environment variables torchrun sets (RANK, WORLD
 MASTER_ADDR, MASTER_PORT), nothing of any scheduler: whoever starts the processes sets those.
 """
 
+import gc
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -119,6 +120,7 @@ def world(device: str = "auto") -> Iterator[World]:
         return
     dist.init_process_group(_backend(here, torch.cuda.device_count()), timeout=TIMEOUT)
     yield here
+    gc.collect()  # see cxr_vae.train: a reference cycle would keep DistributedDataParallel
     # Not in a `finally`: after an error the other ranks may hang in a collective, and destroying would wait for them.
     dist.destroy_process_group()
 

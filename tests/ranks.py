@@ -3,6 +3,7 @@
 Each function runs on every rank; what it returns is saved for the test that asked.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World, world
 from cxr_vae.models import VAE
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
-from cxr_vae.train import Training
+from cxr_vae.train import Training, train
 from tests.helpers import TINY
 
 
@@ -99,8 +102,25 @@ def collectives(here: World) -> dict[str, Any]:
     }
 
 
-def on_ranks(function: str, ranks: int, out: Path, *arguments: Any) -> list[Any]:
-    """Calls a function of this module on `ranks` processes joined by gloo; returns their results in rank order.
+def alive_at_the_end(shards: str, run_dir: str, *options: str) -> int:
+    """How many DistributedDataParallel there are when a training lets go of the process group; joins by itself."""
+    alive = []
+    destroy = dist.destroy_process_group
+
+    def destroying() -> None:
+        alive.append(sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()))
+        destroy()
+
+    dist.destroy_process_group = destroying
+    assert train(load_config(None, [*TINY, f"data.shards={shards}", f"run_dir={run_dir}", *options]))
+    (count,) = alive
+    return count
+
+
+def on_ranks(function: str, ranks: int, out: Path, *arguments: Any, joined: bool = True) -> list[Any]:
+    """Calls a function of this module on `ranks` processes; returns their results in rank order.
+
+    `joined` by gloo beforehand, and told so by its first argument.
 
     A fork server that has imported torch already starts them, which saves seconds a process against torchrun; the
     variables they are told are torchrun's.
@@ -112,7 +132,7 @@ def on_ranks(function: str, ranks: int, out: Path, *arguments: Any) -> list[Any]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks"])
     processes = [
-        context.Process(target=_rank, args=(function, rank, ranks, port, out, [str(item) for item in arguments]))
+        context.Process(target=_rank, args=(function, rank, ranks, port, out, joined, [str(x) for x in arguments]))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -126,8 +146,12 @@ def on_ranks(function: str, ranks: int, out: Path, *arguments: Any) -> list[Any]
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def _rank(function: str, rank: int, size: int, port: int, out: Path, arguments: list[str]) -> None:
+def _rank(function: str, rank: int, size: int, port: int, out: Path, joined: bool, arguments: list[str]) -> None:
     variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with world("cpu") as here:
-        torch.save(globals()[function](here, *arguments), out / f"rank{rank}.pt")
+    target = out / f"rank{rank}.pt"
+    if joined:
+        with world("cpu") as here:
+            torch.save(globals()[function](here, *arguments), target)
+    else:
+        torch.save(globals()[function](*arguments), target)

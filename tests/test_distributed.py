@@ -67,6 +67,12 @@ def test_image_ids_and_noise_of_each_step_are_the_same_on_1_2_and_4_ranks(shards
     assert len(set(first)) == len(first) == 70  # an epoch holds every image once
 
 
+def test_ddp_is_gone_before_the_process_group(shards: Path, tmp_path: Path) -> None:
+    """Else its destructor and a thread of gloo's now and then wait for each other for ever."""
+    arguments = (shards, tmp_path / "run", "epochs=1")
+    assert on_ranks("alive_at_the_end", 2, tmp_path, *arguments, joined=False) == [0, 0]
+
+
 @pytest.mark.parametrize("loading", ["memory", "shards"])
 def test_all_ranks_hold_the_same_state_with_batch_norm(shards: Path, tmp_path: Path, loading: str) -> None:
     options = ("epochs=1", "ema_decay=0.9", f"loading={loading}", "data.workers=2")
