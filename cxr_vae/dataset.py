@@ -77,7 +77,9 @@ class XrayDataset:
             tar = self._open_tar(shard)  # held until it was read, whatever the cache does meanwhile
             content = os.pread(tar.fileno(), int(self._size[row]), int(self._offset[row]))
         except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}): {RESHARD}") from None
+            raise UserError(
+                f"{path} can't be read ({error.strerror}): mend that and run the same command again"
+            ) from None
         if zlib.crc32(content) != self._crc32[row]:
             raise UserError(f"{path} is damaged at byte {self._offset[row]} (wrong CRC-32): {RESHARD}")
         return torch.from_numpy(decode(content, self.index.format).copy())

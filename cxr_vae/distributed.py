@@ -144,11 +144,6 @@ def _backend(here: World, num_gpus: int) -> str:
     return "cpu:gloo,cuda:gloo"
 
 
-def rank_from_environment() -> int:
-    """This process's rank, without joining the others: for what is printed before."""
-    return int(os.environ.get("RANK", 0))
-
-
 def even_parts(tensors: Sequence[Tensor], count: int) -> Iterator[tuple[Tensor, ...]]:
     """Splits tensors of equal length into `count` parts along their first axis, whose sizes differ by one at most."""
     yield from zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)

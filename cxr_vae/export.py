@@ -1,6 +1,8 @@
 """Trained weights in one file that carries its configuration and runs no code when it is read (safetensors)."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,9 @@ def save_vae(path: Path, model: VAE, config: Config, **facts: str | int) -> None
 
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, Config]:
     """The network in evaluation mode and its configuration, from a file that `save_vae` wrote."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            config = Config.model_validate(json.loads(file.metadata()["cxr_vae"])["config"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it is written when training has finished") from None
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not a file of trained weights, or damaged; train again to write it anew") from None
+    with _opened(path, device) as (file, facts):
+        config = Config.model_validate(facts["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     model = build_model(config).to(device)
     model.load_state_dict(tensors)
     return model.eval(), config
@@ -44,9 +41,23 @@ def set_aside(path: Path) -> None:
     """Renames weights, if there are any, by their step: vae_step-0000000010.safetensors."""
     if not path.is_file():
         return
-    with safe_open(path, framework="pt") as file:
-        step = json.loads(file.metadata()["cxr_vae"])["step"]
-    path.rename(path.with_name(f"vae_step-{step:010d}.safetensors"))
+    with _opened(path) as (_, facts):
+        name = f"vae_step-{facts['step']:010d}.safetensors"
+    path.rename(path.with_name(name))
+
+
+@contextmanager
+def _opened(path: str | Path, device: torch.device | str = "cpu") -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file and what `save_vae` noted in it; UserError where it is none of ours or damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file, json.loads(file.metadata()["cxr_vae"])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it is written when training has finished") from None
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is not a file of trained weights, or damaged; delete it and train again, which writes it anew"
+        ) from None
 
 
 def hyperparameters(config: Config, model: VAE) -> dict[str, str | int | float]:

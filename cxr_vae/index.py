@@ -34,7 +34,7 @@ TEXTS = ("key", "source", "patient")
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-RESHARD = "delete this folder and write the shards again with `cxr-vae shard`"
+RESHARD = "delete its folder and write the shards again with `cxr-vae shard`"
 
 Columns = dict[str, npt.NDArray[Any]]
 

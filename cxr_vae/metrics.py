@@ -140,7 +140,9 @@ def check_counts(num_real: int, num_floor: int, config: EvaluateConfig) -> None:
     """Raises UserError where there are too few images for a figure and its interval, which is made from halves."""
     for num, split in ((num_real, config.real_split), (num_floor, config.floor_split)):
         if num < MIN_IMAGES:
-            raise UserError(f"{num} images of the {split} split are too few to compare: {MIN_IMAGES} are needed")
+            raise UserError(
+                f"{num} images of the {split} split are too few to compare: name a split with {MIN_IMAGES} or more"
+            )
     if config.is_splits * 2 > config.num_generated:
         raise UserError(
             f"evaluate.is_splits={config.is_splits} needs at least {config.is_splits * 2} generated images, "

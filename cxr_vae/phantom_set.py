@@ -10,6 +10,7 @@ import numpy as np
 
 from cxr_vae.console import Progress
 from cxr_vae.errors import UserError
+from cxr_vae.files import write_atomically
 from cxr_vae.phantom import VERSION, draw_phantom
 from cxr_vae.workers import worker_pool
 
@@ -51,14 +52,13 @@ def _claim(out: Path, asked: str) -> None:
                 f"{out} was begun with {found[:100]}, but asked for is {asked}: give the same or name a new folder"
             )
         return
-    draft = out / f"{MARKER}.tmp"
-    others = sorted(path.name for path in out.iterdir() if path != draft) if out.exists() else []
+    ours = f".{MARKER}.tmp"  # what a kill may leave of the writing below
+    others = sorted(path.name for path in out.iterdir() if path.name != ours) if out.exists() else []
     if others:
         raise UserError(f"{out} holds {others[0]!r} and no {MARKER}, so it is not ours: name a new or an empty folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        draft.write_text(asked, encoding="utf-8")
-        draft.replace(marker)
+        write_atomically(marker, asked)
     except OSError as error:
         raise UserError(f"the folder {out} cannot be made or written ({error.strerror}): name another") from error
 

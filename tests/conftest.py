@@ -9,7 +9,7 @@ import pytest
 
 from cxr_vae.shards import write_shards
 from cxr_vae.tars import Preprocessing
-from tests.helpers import draw_source
+from tests.helpers import TINY, cxr_vae, draw_source
 
 
 def pytest_configure() -> None:
@@ -41,3 +41,13 @@ def shards(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sharded") / "shards"
     write_shards(source, out, Preprocessing(image_size=32), workers=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs on `shards`."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    options = [*TINY, "epochs=2", f"data.shards={shards}", f"run_dir={run}"]
+    result = cxr_vae("train", "configs/reference.yaml", *options)
+    assert result.returncode == 0, result.stderr
+    return run

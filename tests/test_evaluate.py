@@ -11,17 +11,9 @@ from cxr_vae.dataset import XrayDataset
 from cxr_vae.index import ShardDirectory
 from cxr_vae.shards import write_shards
 from cxr_vae.tars import Preprocessing
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
+from tests.helpers import check_sentence, command, cxr_vae, environment
 
 OPTIONS = ("features=random", "num_generated=70", "num_real=40", "is_splits=4")
-
-
-@pytest.fixture(scope="module")
-def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("evaluate") / "run"
-    options = [*TINY, "epochs=2", f"data.shards={shards}", f"run_dir={run}"]
-    assert cxr_vae("train", "configs/reference.yaml", *options).returncode == 0
-    return run
 
 
 @pytest.fixture(scope="module")

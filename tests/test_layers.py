@@ -13,6 +13,7 @@ LAYERS = [
     ["config_file"],
     ["distributed", "noise", "precision", "schedules", "stopping"],
     ["phantom_shapes"],
+    ["phantom_anatomy"],
     ["phantom"],
     ["phantom_set"],
     ["sources", "images", "index"],

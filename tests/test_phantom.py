@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxr_vae.errors import UserError
-from cxr_vae.phantom import Anatomy, draw_phantom
+from cxr_vae.phantom import draw_phantom
+from cxr_vae.phantom_anatomy import Anatomy
 from cxr_vae.phantom_set import MARKER, write_phantoms
 
 NUM, SEED = 12, 3

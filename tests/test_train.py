@@ -247,6 +247,12 @@ class TestMistakes:
     def test_a_gpu_that_is_not_there(self, shards: Path, tmp_path: Path) -> None:
         check_sentence(without_gpu(*arguments(shards, tmp_path / "run"), "device=cuda"), "no GPU here")
 
+    def test_damaged_weights_of_a_run_that_is_made_longer(self, shards: Path, trained: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(trained, tmp_path / "run")
+        os.truncate(run / "vae_final.safetensors", 500)
+        result = cxr_vae(*arguments(shards, run, "epochs=3"))
+        check_sentence(result, "vae_final.safetensors is not a file of trained weights", "delete it")
+
     def test_fewer_epochs_than_are_done(self, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
         run = shutil.copytree(undisturbed, tmp_path / "run")
         options = [option for option in LONG if option != "schedule=cosine"]
