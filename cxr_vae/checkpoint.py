@@ -1,177 +1,269 @@
 """Sharded checkpoints that are whole or not there: torch.distributed.checkpoint in a directory published by a rename.
 
-Every rank writes its part into `step-….tmp`; then the first rank adds `manifest.json` with the size and SHA-256 of each
-file, and renames the directory. Nothing published is modified afterwards. Loading takes the newest directory that
-verifies, at any number of ranks.
+Saving copies the state and returns; a thread writes the copy while training goes on. Every rank writes its part into a
+directory `….tmp`, as safetensors, so that no code can be hidden in it; then the first rank adds the manifest and
+renames the directory. Nothing published is modified afterwards. Loading takes the newest directory that verifies, at
+any number of ranks.
 """
 
+import math
 import re
+import secrets
 import shutil
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cxr_vae import __version__
+from cxr_vae.config import CheckpointConfig, Config
+from cxr_vae.config_file import differences
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.files import read_json, sha256_of, sync_directory, write_json
+from cxr_vae.files import sync_directory
+from cxr_vae.manifest import find_fault, read_manifest, write_manifest
 from cxr_vae.state import TrainState
 
-MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{10})")
 
+# One process needs no process group; torch would warn of that at each save and load.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
-@dataclass(frozen=True)
+
 class Checkpoints:
-    """The checkpoints of one run, `step-0000000500` and so on."""
+    """The checkpoints of one run, `step-0000000500` and so on, and the thread that writes them.
 
-    directory: Path
-    world: World
-    keep: int
-    identity: Mapping[str, Any]
-    """What a checkpoint belongs to (the configuration, the splits' index hashes), kept in its manifest."""
+    `index_hashes` are those of the splits by name; they and `config` say what a checkpoint belongs to.
+    `before_publishing` is called by the first rank when all parts are on the disk; if it raises OSError, the
+    checkpoint is not published.
+    """
 
-    def save(self, state: TrainState) -> None:
-        """Writes and publishes the state, all ranks together; then removes all but the newest `keep`."""
-        final = self.directory / f"step-{state.step:010d}"
-        temporary = final.with_suffix(".tmp")
-        if self.world.is_main and not final.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        if self.world.broadcast(final.exists()):
-            return
-        try:
-            with _alone_is_meant():
-                dcp_save(
-                    state.state_dict(),
-                    storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
-                    no_dist=not dist.is_initialized(),
-                )
-            if self.world.is_main:
-                self._publish(temporary, final, state)
-        except (CheckpointException, OSError) as error:  # the first derives from BaseException
-            cause = _failed_write(error)
-            if cause is None:
-                raise
-            shutil.rmtree(temporary, ignore_errors=True)
-            free = shutil.disk_usage(self.directory).free / 1e6
-            raise UserError(
-                f"{final}: this checkpoint can't be written ({cause}; {free:.1f} MB are free there); "
-                "earlier ones are whole: make room and run the same command again"
-            ) from None
-        if self.world.is_main:
-            self._prune()
-        self.world.barrier()
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        config: Config,
+        index_hashes: Mapping[str, str],
+        before_publishing: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self.world, self.config = directory, world, config
+        self.index_hashes = dict(index_hashes)
+        self.before_publishing = before_publishing
+        self.newest_step: int | None = None
+        """Of the checkpoint that was loaded or saved last, published or still being written."""
+        self._group = world.new_group()  # the thread's collectives must not mix with those of training
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: Future[None] | None = None
+        self._copy: dict[str, Tensor] = {}
+        self._last_save = time.monotonic()
+        self._attempt = world.broadcast(secrets.token_hex(4))  # no earlier process can write into our directories
 
-    def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
-        """Loads the newest checkpoint that verifies into `state`.
+    @property
+    def options(self) -> CheckpointConfig:
+        """When to save and what to keep."""
+        return self.config.checkpoint
 
-        Returns its name (None: there is none, the state is untouched) and a sentence for each that was skipped. Those
-        are renamed to `….damaged`: else they would stand in the way of what is saved when their step comes again.
+    def is_due(self, step: int) -> bool:
+        """Whether the options ask for a checkpoint after this step. By the clock, ranks may differ."""
+        steps, minutes = self.options.every_steps, self.options.every_minutes
+        by_clock = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+        return by_clock or (steps is not None and step % steps == 0)
+
+    def save(self, state: TrainState, test_loss: float | None = None) -> None:
+        """Copies the state and lets the thread write it, all ranks together; waits for the save before this one.
+
+        `test_loss` is that of exactly this state, where it was tested. Raises UserError, on all ranks, where the save
+        before this one failed and `checkpoint.on_failure` is stop.
         """
-        name, skipped = self.world.broadcast(self._newest_whole() if self.world.is_main else None)
-        if name is None:
-            return None, skipped
-        tensors = state.state_dict()
-        with _alone_is_meant():
-            dcp_load(
-                tensors,
-                storage_reader=FileSystemReader(self.directory / name),
-                no_dist=not dist.is_initialized(),
-            )
-        state.load_state_dict(tensors)
-        return name, skipped
-
-    def names(self) -> list[str]:
-        """Published checkpoints, newest first."""
-        found = self.directory.iterdir() if self.directory.is_dir() else iter(())
-        return sorted((path.name for path in found if NAME.fullmatch(path.name)), reverse=True)
-
-    def _publish(self, temporary: Path, final: Path, state: TrainState) -> None:
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
-        }
-        manifest = {
+        if state.step == self.newest_step:
+            return
+        self._finish_write(required=False)
+        self._take_copy(state.state_dict())
+        facts = {
             "step": state.step,
             "samples_seen": state.samples_seen,
+            "test_loss_nats": test_loss,
             "world_size": self.world.size,
             "versions": {"cxr_vae": __version__, "torch": torch.__version__},
-            **self.identity,
-            "files": files,
+            "index_hashes": self.index_hashes,
+            "config": self.config.model_dump(),
         }
-        write_json(temporary / MANIFEST, manifest)
-        sync_directory(temporary)
-        temporary.rename(final)
-        sync_directory(self.directory)
+        self._in_flight = self._thread.submit(self._write, name_of(state.step), facts)
+        self.newest_step, self._last_save = state.step, time.monotonic()
 
-    def _prune(self) -> None:
-        for name in self.names()[self.keep :]:
-            shutil.rmtree(self.directory / name)
+    def wait(self) -> None:
+        """Until the last save is published, on all ranks together; UserError where it failed."""
+        self._finish_write(required=True)
 
-    def _newest_whole(self) -> tuple[str | None, list[str]]:
+    def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
+        """Loads the newest checkpoint that verifies into `state`; first clears away what a kill left half written.
+
+        Returns its name (None: there is none, the state is untouched) and a sentence for each that was skipped. Those
+        are renamed to `….unusable`: else they would stand in the way of what is saved when their step comes again.
+        Raises UserError where the newest is whole but of other images.
+        """
+        name, skipped = self.world.broadcast(self._newest_usable() if self.world.is_main else None)
+        if name is not None:
+            tensors = state.state_dict()
+            read_tensors(self.directory / name, tensors, self._group)
+            state.load_state_dict(tensors)
+            self.newest_step = state.step
+        return name, skipped
+
+    def _take_copy(self, tensors: dict[str, Tensor]) -> None:
+        """Copies the state into host memory that is kept for the next save."""
+        for name, tensor in tensors.items():
+            if name not in self._copy:
+                self._copy[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copy[name].copy_(tensor, non_blocking=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _write(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Writes and publishes the copy, then removes what need not be kept. Runs in the thread."""
+        temporary = self.directory / f"{name}.{self._attempt}.tmp"
+        try:
+            write_tensors(temporary, self._copy, self._group)
+            if self.world.is_main:
+                self.before_publishing()
+                write_manifest(temporary, facts)
+                publish(temporary, self.directory / name)
+                prune(self.directory, self.options)
+        except Exception:
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _finish_write(self, *, required: bool) -> None:
+        """Waits for the write in flight; its failure is an error where it is `required` or the options say so."""
+        if self._in_flight is None:
+            return
+        cause, step = None, self.newest_step
+        try:
+            self._in_flight.result()
+        except OSError as error:
+            cause = str(error)
+        self._in_flight = None
+        failure = self.world.broadcast(cause)
+        if failure is None:
+            return
+        self.newest_step = None
+        free = f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB are free there"
+        path = self.directory / name_of(step or 0)
+        sentence = f"{path}: this checkpoint can't be written ({failure}; {free}); earlier ones are whole"
+        if required or self.options.on_failure == "stop":
+            raise UserError(f"{sentence}: make room and run the same command again")
+        if self.world.is_main:
+            print(f"warning: {sentence}, training goes on", flush=True)
+
+    def _newest_usable(self) -> tuple[str | None, list[str]]:
+        for path in self.directory.glob("*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
         skipped: list[str] = []
-        for name in self.names():
-            fault = find_fault(self.directory / name, self.identity)
+        for path in published(self.directory):
+            fault = find_fault(path) or self._misfit(path)
             if fault is None:
-                return name, skipped
-            aside = (self.directory / name).with_suffix(".damaged")
+                return path.name, skipped
+            aside = path.with_suffix(".unusable")
             shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-            (self.directory / name).rename(aside)
-            skipped.append(f"{self.directory / name} skipped: {fault}; it is now {aside.name}")
+            path.rename(aside)
+            skipped.append(f"{path} skipped: {fault}; it is now {aside.name}")
         return None, skipped
+
+    def _misfit(self, path: Path) -> str | None:
+        """Why a whole checkpoint is not one of this run; UserError where no older one would be right either."""
+        manifest = read_manifest(path)
+        try:
+            changed = differences(Config.model_validate(manifest["config"]), self.config)
+        except ValueError:
+            return "it is of a version with other options"
+        if changed:
+            return f"it is of another configuration ({'; '.join(changed)})"
+        if manifest["index_hashes"] != self.index_hashes:
+            raise UserError(
+                f"{path} was trained on other images than data.shards holds now (another index hash): "
+                "restore those shards or choose another run_dir"
+            )
+        return None
+
+
+def name_of(step: int) -> str:
+    """`step-0000000500`."""
+    return f"step-{step:010d}"
+
+
+def published(directory: Path) -> list[Path]:
+    """Published checkpoints in a directory, newest first."""
+    found = directory.iterdir() if directory.is_dir() else iter(())
+    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
+
+
+def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Every rank of `group` writes its part of tensors that all hold; flushed to the disk when it returns."""
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    with _plain_errors():
+        dcp_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def read_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fills tensors, by name, from a checkpoint of any number of ranks; every rank of `group` reads all of them."""
+    reader = HuggingFaceStorageReader(str(directory))
+    with _plain_errors():
+        dcp_load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Makes a finished directory a checkpoint, in one step; OSError where it doesn't read back from the disk."""
+    temporary.rename(final)
+    sync_directory(final.parent)
+    fault = find_fault(final)
+    if fault is not None:
+        raise OSError(f"it doesn't read back from the disk: {fault}")
+
+
+def prune(directory: Path, options: CheckpointConfig) -> None:
+    """Removes all but the newest `keep`, those at multiples of `keep_every` steps, and the best by test loss."""
+    paths = published(directory)
+    kept = set(paths[: options.keep])
+    best = best_of(directory) if options.best else None
+    for path in paths:
+        step = int(path.name.removeprefix("step-"))
+        if path in kept or path == best or (options.keep_every is not None and step % options.keep_every == 0):
+            continue
+        doomed = path.with_suffix(".tmp")  # a kill in the middle of removing leaves nothing that looks published
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best_of(directory: Path) -> Path | None:
+    """The checkpoint with the lowest test loss; None where none was tested. Damaged manifests don't count."""
+    losses = {}
+    for path in published(directory):
+        try:
+            loss = read_manifest(path)["test_loss_nats"]
+        except UserError:
+            continue
+        losses[path] = math.inf if loss is None else loss
+    found = min(losses, key=losses.__getitem__, default=None)
+    return found if found is not None and losses[found] < math.inf else None
 
 
 @contextmanager
-def _alone_is_meant() -> Iterator[None]:
-    """One process needs no process group; torch warns of that at each save and load."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        yield
-
-
-def _failed_write(error: BaseException) -> BaseException | None:
-    """What the file system refused; None where the error is of another kind, a bug.
-
-    torch's zip writer hides a full disk behind a RuntimeError about a position in the file.
-    """
-    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    writes = [cause for cause in causes if isinstance(cause, OSError) or "inline_container" in str(cause)]
-    return writes[0].__context__ or writes[0] if writes else None
-
-
-def find_fault(path: Path, identity: Mapping[str, Any]) -> str | None:
-    """Why the checkpoint at `path` can't be used, in a few words; None where it is whole, every byte of it.
-
-    Raises UserError where it is whole but of other data than `identity` names: no older checkpoint would be right.
-    """
+def _plain_errors() -> Iterator[None]:
+    """Raises what went wrong on some rank, and not DCP's CheckpointException, which is no Exception."""
     try:
-        manifest = read_json(path / MANIFEST, hint="")
-        files, index_hashes = manifest["files"], manifest["index_hashes"]
-    except UserError:
-        return f"its {MANIFEST} is missing or damaged"
-    except (KeyError, TypeError):
-        return f"its {MANIFEST} is not a checkpoint's"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if sha256_of(file) != expected["sha256"]:
-            return f"{name} is damaged (its SHA-256 is not the manifest's)"
-    if index_hashes != identity["index_hashes"]:
-        raise UserError(
-            f"{path} was trained on other images than data.shards holds now (another index hash): "
-            "restore those shards or choose another run_dir"
-        )
-    return None
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error

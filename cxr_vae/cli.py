@@ -27,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_phantom(commands)
     _add_shard(commands)
     _add_train(commands)
+    _add_checkpoints(commands)
+    _add_export(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_report(commands)
@@ -159,6 +161,60 @@ def train(arguments: argparse.Namespace) -> int:
     from cxr_vae.train import train as run_training
 
     return 0 if run_training(config) else STOPPED_EXIT_CODE
+
+
+def _add_checkpoints(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "checkpoints",
+        checkpoints,
+        "Lists a run's checkpoints, newest first, and says whether they are whole; exits with 1 where one is not.",
+        "cxr-vae checkpoints runs/reference --verify",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--verify", action="store_true", help="read every byte, not only names and sizes")
+
+
+def checkpoints(arguments: argparse.Namespace) -> int:
+    """`cxr-vae checkpoints`."""
+    from cxr_vae.checkpoint_list import list_checkpoints
+    from cxr_vae.run_dir import RunDir
+
+    table, all_whole = list_checkpoints(RunDir(arguments.run), every_byte=arguments.verify)
+    print(table)
+    return 0 if all_whole else 1
+
+
+def _add_export(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "export",
+        export,
+        "Writes the weights of one of a run's checkpoints, the averaged ones if train.ema_decay is on, as one "
+        "safetensors file with the configuration inside. It works while the run goes on.",
+        "cxr-vae export runs/reference --checkpoint best --decoder decoder.pt2",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="WHICH", help="newest, best (by test loss) or a name such as step-…"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/vae_<checkpoint>.safetensors)")
+    parser.add_argument(
+        "--decoder",
+        type=Path,
+        metavar="FILE",
+        help="also write the decoder, latents to images in [0, 1], as a torch.export program (.pt2)",
+    )
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`cxr-vae export`."""
+    from cxr_vae.run_dir import RunDir
+    from cxr_vae.run_export import export_run
+
+    for path in export_run(RunDir(arguments.run), arguments.checkpoint, arguments.out, arguments.decoder):
+        print(path)
+    return 0
 
 
 def _add_generate(commands: Any) -> None:

@@ -1,16 +1,20 @@
 """What the commands of this project have in common: help that shows defaults, mistakes told in one sentence."""
 
 import argparse
+import contextlib
 import errno
+import json
 import os
 import socket
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from cxr_vae.errors import UserError
+from cxr_vae.errors import LostPeersError, UserError
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -36,34 +40,80 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
-    """Calls a command and turns what a user can mend into one sentence on stderr."""
+    """Calls a command, and tells what a user can mend in one sentence on stderr. Returns the exit code.
+
+    One of several processes doesn't return from an error but ends at once: others may be waiting for it, and leaving
+    their process group in order would wait for them.
+    """
+    code, message = 2, None
     try:
         return command(arguments)
     except UserError as error:
         message = str(error)
+    except LostPeersError as error:
+        code, message = 1, str(error)
+        time.sleep(OTHERS_WAIT_S)  # the one that failed should be heard first; whoever started us may end us meanwhile
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if error.filename is None and not full:
-            raise
-        message = f"{error.filename or 'writing'}: {error.strerror}"
+        if error.filename is not None or full:
+            message = f"{error.filename or 'writing'}: {error.strerror}"
         if full:
-            message += "; what is finished is kept: make room and run the same command again"
+            message = f"{message}; what is finished is kept: make room and run the same command again"
+        if message is None:
+            code = _bug(error)
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from where it was"
+    except Exception as error:
+        code = _bug(error)
+    if message is not None:
+        _tell(message, program, lost=code == 1)
+    if num_ranks() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _bug(error: Exception) -> int:
+    """Lets a single process fail as Python does; prints the traceback of one of several and returns its exit code."""
+    if num_ranks() == 1:
+        raise error
+    text = f"rank {rank()} on {socket.gethostname()}:\n{traceback.format_exc()}"
+    print(text, file=sys.stderr, flush=True)
+    _tell_torchrun(text)
+    return 1
+
+
+def _tell(message: str, program: str, *, lost: bool) -> None:
     if rank() > 0:
         # What befell every rank is told by the first, and torchrun or Slurm ends the others before this time is over.
         time.sleep(OTHERS_WAIT_S)
         program = f"rank {rank()} on {socket.gethostname()}: {program}"
-    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-    return 2
+    text = f"{program}: error: {message}"
+    print(text, file=sys.stderr, flush=True)
+    if not lost:
+        _tell_torchrun(text)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leaves the error where torchrun looks for it, so that its summary, the last on the screen, ends with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def rank() -> int:
     """This process's rank under torchrun."""
     return int(os.environ.get("RANK", 0))
+
+
+def num_ranks() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

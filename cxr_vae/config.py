@@ -62,6 +62,9 @@ class ModelConfig(Section):
     channels: list[int] = Field(
         [32, 64, 128, 256, 512], min_length=1, description="width of each stride-2 stage of the encoder"
     )
+    norm: Literal["batch", "group"] = Field(
+        "batch", description="group: the same result for any number of processes, but for rounding"
+    )
 
     @model_validator(mode="after")
     def _positive_channels(self) -> "ModelConfig":
@@ -99,6 +102,18 @@ class TrainConfig(Section):
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay a step of the averaged weights that are then tested and exported; 0: off"
     )
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="steps with a loss or gradient that is no finite number to leave out before the run stops",
+        json_schema_extra=MAY_CHANGE,
+    )
+    max_minutes: float | None = Field(
+        None, gt=0, description="save and leave this long after the start; null: no limit", json_schema_extra=MAY_CHANGE
+    )
+    stall_minutes: float = Field(
+        30.0, gt=0, description="how long ranks wait for one that stalls before all stop", json_schema_extra=MAY_CHANGE
+    )
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics", json_schema_extra=MAY_CHANGE)
     grid_every: int = Field(
         1, ge=1, description="epochs between two sample and reconstruction grids", json_schema_extra=MAY_CHANGE
@@ -111,8 +126,23 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """What a broken-off run can go on from."""
 
-    every: int = Field(500, ge=1, description="steps between two checkpoints", json_schema_extra=MAY_CHANGE)
-    keep: int = Field(3, ge=1, description="newest checkpoints to keep", json_schema_extra=MAY_CHANGE)
+    every_steps: int | None = Field(None, ge=1, description="save every so many steps; null: not by steps")
+    every_minutes: float | None = Field(5.0, gt=0, description="save every so many minutes; null: not by the clock")
+    keep: int = Field(3, ge=1, description="newest checkpoints to keep")
+    keep_every: int | None = Field(None, ge=1, description="also keep those whose step is a multiple of this")
+    best: bool = Field(
+        True, description="also save at the end of an epoch with the lowest test loss so far, and keep that one"
+    )
+    on_failure: Literal["stop", "continue"] = Field("stop", description="what to do when a checkpoint can't be written")
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> "CheckpointConfig":
+        if self.keep_every is not None and (self.every_steps is None or self.keep_every % self.every_steps):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} should be a multiple of "
+                f"checkpoint.every_steps={self.every_steps}: only those steps are saved"
+            )
+        return self
 
 
 class EvaluateConfig(Section):
@@ -161,7 +191,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = _free_section(CheckpointConfig)
     evaluate: EvaluateConfig = _free_section(EvaluateConfig)
     resources: ResourcesConfig = _free_section(ResourcesConfig)
 

@@ -149,9 +149,8 @@ def open_split(config: DataConfig, split: str) -> SplitIndex:
     return index
 
 
-def open_dataset(config: DataConfig, split: str, num_processes: int) -> XrayDataset:
-    """A split of `config.shards`, loaded as `config.loading` says by each of a machine's `num_processes`."""
-    index = open_split(config, split)
+def open_dataset(config: DataConfig, index: SplitIndex, num_processes: int) -> XrayDataset:
+    """A split's images, loaded as `config.loading` says by each of a machine's `num_processes`."""
     in_memory = config.loading == "memory" or (config.loading == "auto" and fits_in_memory(index, num_processes))
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // num_processes)
     return XrayDataset(index, in_memory=in_memory, workers=workers)

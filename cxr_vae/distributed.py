@@ -7,6 +7,8 @@ MASTER_ADDR, MASTER_PORT), nothing of any scheduler: whoever starts the processe
 import gc
 import inspect
 import os
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,12 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from cxr_vae.errors import UserError
+from cxr_vae.errors import LostPeersError, UserError
 
-TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others in a collective operation, unless it is told otherwise."""
+
+ROLL_CALL_S = 3.0
+"""How far apart ranks may give up waiting for the same one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    patience: timedelta = PATIENCE
+    """How long it waits for the others in a collective operation."""
 
     @property
     def is_main(self) -> bool:
@@ -50,9 +59,9 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; the same answer on every rank, without a GPU."""
-        return bool(self.sum_(torch.tensor(int(flag))).item()) if self.size > 1 else flag
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is true on any rank; the same answer on every rank, without a GPU."""
+        return [bool(count) for count in self.sum_(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def average_buffers(self, module: nn.Module) -> None:
         """Makes the floating-point buffers of the ranks' copies of `module` equal: their mean over the ranks."""
@@ -83,6 +92,14 @@ class World:
         if self.size > 1:
             self.sum_(torch.zeros(1))  # on the CPU: NCCL's barrier takes a device and a stream
 
+    def new_group(self) -> dist.ProcessGroup | None:
+        """All ranks once more, on the CPU, for a thread of its own; None for a single process."""
+        if self.size == 1:
+            return None
+        group = dist.new_group(backend="gloo", timeout=self.patience)
+        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+        return group
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """`module` with its gradients averaged over the ranks; buffers are `average_buffers`' business."""
         if self.size == 1:
@@ -100,16 +117,17 @@ def gradients_stay_local(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[World]:
     """Joins the processes that torchrun (or a launcher that speaks its variables) started; alone without them.
 
     `device`: cpu, cuda or auto (the GPU, if any). Tensors on GPUs go through NCCL, those on the CPU through gloo.
-    On the CPU each rank takes its share of the cores this process may use.
+    On the CPU each rank takes its share of the cores this process may use. Raises LostPeersError, within, where
+    another process is gone or is waited for longer than `patience`.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    here = World(rank, size, local_rank, local_size, _device(device, local_rank))
+    here = World(rank, size, local_rank, local_size, _device(device, local_rank), patience)
     if here.device.type == "cuda":
         torch.cuda.set_device(here.device)
         torch.backends.cudnn.deterministic = True  # a resumed run should end as one that was not broken off
@@ -118,11 +136,30 @@ def world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield here
         return
-    dist.init_process_group(_backend(here, torch.cuda.device_count()), timeout=TIMEOUT)
-    yield here
+    store, _, _ = next(rendezvous("env://"))
+    store.set(f"name of {rank}", f"rank {rank} on {socket.gethostname()} (process {os.getpid()})")
+    backend = _backend(here, torch.cuda.device_count())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    try:
+        yield here
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostPeersError(_lost(store, here, str(error))) from error
+        raise
     gc.collect()  # see cxr_vae.train: a reference cycle would keep DistributedDataParallel
     # Not in a `finally`: after an error the other ranks may hang in a collective, and destroying would wait for them.
     dist.destroy_process_group()
+
+
+def _lost(store: Any, here: World, error: str) -> str:
+    """Which ranks are not there, in words, after a collective operation failed with `error`."""
+    if "imed out" not in error:
+        return "another process of this job has ended; its own message says why"
+    store.set(f"{here.rank} waits", "")
+    time.sleep(ROLL_CALL_S)
+    silent = [rank for rank in range(here.size) if not store.check([f"{rank} waits"])]
+    names = ", ".join(store.get(f"name of {rank}").decode() for rank in silent)
+    return f"no sign of {names or 'the other ranks'} for {here.patience.total_seconds():.0f} s, while the others waited"
 
 
 def _device(name: str, local_rank: int) -> torch.device:

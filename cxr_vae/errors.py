@@ -1,9 +1,12 @@
-"""The one exception that means "you can mend this", as opposed to a bug of ours."""
+"""Errors that are told in one sentence, without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us: a file, a key, an option.
+    """A mistake of the user's, or a state of the machine they can mend, in one sentence that says what to do.
 
-    Its message is one sentence that names the thing, says what was expected and what to do. The command line prints
-    it without a traceback and exits with 2; everything else that is raised is ours and keeps its traceback.
+    Commands print it without a traceback and exit with code 2; any other exception is our bug and keeps its traceback.
     """
+
+
+class LostPeersError(RuntimeError):
+    """Other processes of the job are gone or silent, so this one can't go on. Not its fault: exit code 1."""

@@ -15,6 +15,7 @@ from cxr_vae.config import Config
 from cxr_vae.config_file import differences, dump_config, load_config
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically, write_json
+from cxr_vae.locks import LOCK, DirectoryLock
 
 PACKAGES = ("cxr-vae", "torch", "torchvision", "webdataset", "submitit", "torch-fidelity", "numpy", "scipy", "pillow")
 
@@ -85,7 +86,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; name a new folder as run_dir")
         if not self.config.is_file():
-            ours = {self.jobs.name, f".{self.config.name}.tmp"}
+            ours = {self.jobs.name, f".{self.config.name}.tmp", LOCK}
             foreign = sorted({path.name for path in self.path.iterdir()} - ours) if self.path.exists() else []
             if foreign:
                 raise UserError(f"{self.path} holds something else ({foreign[0]}); name a new folder as run_dir")
@@ -96,6 +97,12 @@ class RunDir:
                 f"{self.path} holds a run with another configuration ({'; '.join(changed)}): "
                 "go on with its own, or name another run_dir"
             )
+
+    def take(self, config: Config) -> DirectoryLock:
+        """Keeps other processes out of the directory, as long as the lock is held; raises as `check` does."""
+        lock = DirectoryLock(self.path)
+        self.check(config)  # once more: another process may have just left
+        return lock
 
     def claim(self, config: Config, facts: Mapping[str, Any]) -> None:
         """Writes the configuration and environment of this attempt (first rank only)."""

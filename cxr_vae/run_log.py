@@ -1,13 +1,15 @@
 """What a training run records: losses that are the same for equal runs, and speed, which never is."""
 
+import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from cxr_vae.files import write_atomically
+from cxr_vae.files import naming, write_atomically
 from cxr_vae.losses import Losses, bits_per_dim
 from cxr_vae.run_dir import RunDir
 
@@ -47,36 +49,66 @@ def in_words(record: dict[str, float]) -> str:
     )
 
 
+class _Lines:
+    """A file of lines that keeps what a full disk refuses until `sync`; two threads may use it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._lock = threading.Lock()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._pending += json.dumps(record).encode() + b"\n"
+            with contextlib.suppress(OSError):
+                self._write()
+
+    def sync(self) -> None:
+        """Until all is on the disk; OSError where it can't be."""
+        with self._lock:
+            try:
+                self._write()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise naming(self.path, error) from None
+
+    def _write(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+
 class RunLog:
-    """metrics.jsonl, speed.jsonl and TensorBoard of a run that goes on after `step` steps.
+    """metrics.jsonl, speed.jsonl and TensorBoard of a run. With `enabled=False` (ranks > 0) nothing is recorded."""
 
-    Records of later steps, of work that was lost, are removed first. With `enabled=False` (the ranks other than the
-    first) nothing is recorded.
-    """
-
-    def __init__(self, run: RunDir, step: int, *, enabled: bool = True) -> None:
-        self.enabled = enabled
+    def __init__(self, run: RunDir, *, enabled: bool = True) -> None:
+        self.run, self.enabled = run, enabled
         self.note = ""
         """The last loss, for the progress bar."""
+
+    def begin(self, step: int) -> None:
+        """Opens the files of a run that goes on after `step` steps; records of later ones go: that work is lost."""
         self._started = self._last_time = time.perf_counter()
         self._last_step = step
-        if not enabled:
+        if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        for path in (run.metrics, run.speed):
-            kept = [record for record in read_records(path) if record["step"] <= step]
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._metrics: IO[str] = run.metrics.open("a")
-        self._speed: IO[str] = run.speed.open("a")
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        self._metrics, self._speed = _Lines(self.run.metrics, step), _Lines(self.run.speed, step)
+        self._board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self.enabled:
+            self._metrics.add({"kind": kind, "step": step, **record})
 
     def metrics(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl; its numbers go to TensorBoard too, as kind/name or kind/group/name."""
         if not self.enabled:
             return
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
-        self._metrics.flush()
+        self.write(kind, step, record)
         for name, value in record.items():
             for inner, number in value.items() if isinstance(value, Mapping) else [("", value)]:
                 self._board.add_scalar(f"{kind}/{name}{'/' if inner else ''}{inner}", number, step)
@@ -91,19 +123,17 @@ class RunLog:
         images_per_s = (step - self._last_step) * batch_size / (now - self._last_time)
         self._last_step, self._last_time = step, now
         speed = {"step": step, "elapsed_s": round(now - self._started, 3), "images_per_s": round(images_per_s, 2)}
-        self._speed.write(json.dumps(speed) + "\n")
-        self._speed.flush()
+        self._speed.add(speed)
         self._board.add_scalar("speed/images_per_s", images_per_s, step)
 
     def sync(self) -> None:
-        """Flushes to the disk all that was recorded, so that no checkpoint outlives its metrics."""
+        """Flushes to the disk all that was recorded; OSError where it can't be."""
         if self.enabled:
-            os.fsync(self._metrics.fileno())
+            self._metrics.sync()
             self._board.flush()
 
     def close(self) -> None:
         """Closes the files."""
         if self.enabled:
-            self._metrics.close()
-            self._speed.close()
+            self._metrics.sync()
             self._board.close()

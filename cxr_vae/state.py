@@ -1,6 +1,6 @@
 """All that training carries from one step to the next, as one object that is saved and loaded as a whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -38,8 +38,12 @@ class TrainState:
     """(2,) float64: reconstruction and KL, in nats, summed over the images of the current epoch so far ..."""
     epoch_images: int = 0
     """... and how many those are."""
+    lowest_test_loss: Tensor = field(default_factory=lambda: torch.tensor(torch.inf, dtype=torch.float64))
+    """() float64, nats an image, of the epochs so far."""
     step: int = 0
     samples_seen: int = 0
+    num_skipped: int = 0
+    """Steps that were left out since their loss or gradient was no finite number."""
 
     @classmethod
     def create(cls, config: Config, device: torch.device) -> "TrainState":
@@ -64,12 +68,25 @@ class TrainState:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
+    def skip(self, num_images: int) -> None:
+        """Counts a step over `num_images` images that changed nothing."""
+        self.step += 1
+        self.samples_seen += num_images
+        self.num_skipped += 1
+
     def end_epoch(self) -> tuple[Tensor, Tensor]:
         """Mean reconstruction and KL, () float64, over the images since the last call; starts the sums anew."""
-        reconstruction, kl = (self.epoch_sums / self.epoch_images).cpu()
+        reconstruction, kl = (self.epoch_sums / max(1, self.epoch_images)).cpu()
         self.epoch_sums.zero_()
         self.epoch_images = 0
         return reconstruction, kl
+
+    def is_best(self, test_loss: float) -> bool:
+        """Whether no epoch had a lower test loss; remembers it."""
+        best = test_loss < float(self.lowest_test_loss)
+        if best:
+            self.lowest_test_loss.fill_(test_loss)
+        return best
 
     @property
     def best_model(self) -> VAE:
@@ -86,7 +103,8 @@ class TrainState:
             scaler = self.scaler.state_dict()
             tensors["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
         tensors["epoch_sums"] = self.epoch_sums
-        tensors["counters"] = torch.tensor([self.step, self.samples_seen, self.epoch_images])
+        tensors["lowest_test_loss"] = self.lowest_test_loss
+        tensors["counters"] = torch.tensor([self.step, self.samples_seen, self.epoch_images, self.num_skipped])
         return tensors
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -101,7 +119,8 @@ class TrainState:
             scale, growth = tensors["scaler"].tolist()
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)})
         self.epoch_sums.copy_(tensors["epoch_sums"])
-        self.step, self.samples_seen, self.epoch_images = tensors["counters"].tolist()
+        self.lowest_test_loss.copy_(tensors["lowest_test_loss"])
+        self.step, self.samples_seen, self.epoch_images, self.num_skipped = tensors["counters"].tolist()
 
     def _optimizer(self) -> dict[str, Any]:
         """Moments by parameter name, as tensors; and settings, which aren't and follow from the configuration."""

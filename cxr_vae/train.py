@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from cxr_vae.checkpoint import Checkpoints
 from cxr_vae.config import Config
 from cxr_vae.console import Progress
-from cxr_vae.dataset import XrayDataset, open_dataset, read_ahead
+from cxr_vae.dataset import XrayDataset, open_dataset, open_split, read_ahead
 from cxr_vae.distributed import World, even_parts, gradients_stay_local, world
 from cxr_vae.errors import UserError
 from cxr_vae.export import hyperparameters, save_vae, set_aside
 from cxr_vae.files import write_json
+from cxr_vae.guard import describe_nonfinite, gradient_norm
+from cxr_vae.locks import DirectoryLock
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.noise import normal
 from cxr_vae.pictures import save_loss_curves
@@ -35,12 +38,13 @@ from cxr_vae.validation import save_grids, test_losses, to_float
 def train(config: Config) -> bool:
     """Trains up to the last step, going on from the newest checkpoint where there is one.
 
-    Returns whether it got there: False where a signal asked to stop, after saving a checkpoint. Raises UserError for
-    a run directory, shards or options that don't fit together, before anything is written.
+    Returns whether it got there: False where it was asked to stop, after saving a checkpoint. Raises UserError for a
+    run directory, shards or options that don't fit together, before anything is written.
     """
     run = RunDir(Path(config.run_dir))
     run.check(config)
-    with StopSignal() as stop, world(config.device) as here:
+    patience = timedelta(minutes=config.train.stall_minutes)
+    with StopSignal(config.train.max_minutes) as stop, world(config.device, patience) as here:
         return _train(config, run, here, stop)
 
 
@@ -54,7 +58,7 @@ def _train(config: Config, run: RunDir, here: World, stop: StopSignal) -> bool:
     finished = training.loop(stop)
     if finished and here.is_main:
         training.finish()
-    training.log.close()
+    training.close()
     return finished
 
 
@@ -65,6 +69,7 @@ class Training:
     config: Config
     run: RunDir
     here: World
+    lock: DirectoryLock | None
     train_set: XrayDataset
     test_set: XrayDataset
     state: TrainState
@@ -74,23 +79,26 @@ class Training:
 
     @classmethod
     def begin(cls, config: Config, run: RunDir, here: World) -> "Training":
-        """Opens the data, builds the model and loads the newest checkpoint."""
+        """Opens the data, takes the run directory, builds the model and loads the newest checkpoint."""
         check_batch(config, here)
         check_precision(config.train.precision, here.device)
-        train_set = open_dataset(config.data, config.data.train_split, here.local_size)
-        test_set = open_dataset(config.data, config.data.test_split, here.local_size)
+        train_index, test_index = (open_split(config.data, name) for name in split_names(config))
+        lock = run.take(config) if here.is_main else None
+        train_set, test_set = (open_dataset(config.data, index, here.local_size) for index in (train_index, test_index))
         state = TrainState.create(config, here.device)
-        hashes = {data.index.split: data.index.content_hash for data in (train_set, test_set)}
-        identity = {"index_hashes": hashes, "config": config.model_dump()}
-        checkpoints = Checkpoints(run.checkpoints, here, config.checkpoint.keep, identity)
+        log = RunLog(run, enabled=here.is_main)
+        hashes = {index.split: index.content_hash for index in (train_index, test_index)}
+        # No checkpoint outlives its metrics.
+        checkpoints = Checkpoints(run.checkpoints, here, config, hashes, before_publishing=log.sync)
         loaded, skipped = checkpoints.load_latest(state)
         check_length(config, state, len(train_set))
         if here.is_main:
             run.claim(config, {"world_size": here.size, "device": str(here.device)})
             if state.step < count_steps(config, len(train_set)):
                 set_aside(run.weights)  # of a run that is now made longer
-        log = RunLog(run, state.step, enabled=here.is_main)
-        training = cls(config, run, here, train_set, test_set, state, here.parallel(state.model), checkpoints, log)
+        log.begin(state.step)
+        model = here.parallel(state.model)
+        training = cls(config, run, here, lock, train_set, test_set, state, model, checkpoints, log)
         if here.is_main:
             advice = advise(config.train.precision, here.device)
             print(*skipped, training.greeting(loaded), *([advice] if advice else []), sep="\n", flush=True)
@@ -102,31 +110,30 @@ class Training:
         return count_steps(self.config, len(self.train_set))
 
     def loop(self, stop: StopSignal) -> bool:
-        """Steps until the last one or a signal, on all ranks together; returns whether the last one was reached."""
+        """Steps until the last one or a reason to stop, on all ranks together; returns whether the last was reached."""
         state, batch_size = self.state, self.config.train.batch_size
-        total = self.num_steps * batch_size
         with (
-            Progress(total, "train", done=state.samples_seen, enabled=self.here.is_main) as progress,
+            Progress(self.num_steps * batch_size, "train", done=state.samples_seen, enabled=self.here.is_main) as bar,
             read_ahead(self.train_set, self.slices()) as batches,
         ):
             for images in batches:
-                epochs_before = state.samples_seen // len(self.train_set)
-                sums = self.step(images)
-                state.advance(sums, batch_size)
-                progress.advance(batch_size, self.log.note)
+                epoch = state.samples_seen // len(self.train_set)
+                self.step(images)
+                bar.advance(batch_size, self.log.note)
 
+                test_loss = None
+                if state.samples_seen // len(self.train_set) > epoch:
+                    test_loss = self.end_epoch(bar)
+                best = self.config.checkpoint.best and test_loss is not None and state.is_best(test_loss)
                 finished = state.step == self.num_steps
-                if finished or state.step % self.config.train.log_every == 0:
-                    self.log_step(sums)
-                if state.samples_seen // len(self.train_set) > epochs_before:
-                    self.end_epoch(progress)
-                stopping = self.here.any(stop.requested)
-                if stopping or finished or state.step % self.config.checkpoint.every == 0:
-                    self.losses_of(sums)  # no checkpoint of a loss that is no number
-                    self.log.sync()
-                    self.checkpoints.save(state)
+                stopping, due = self.here.any(stop.reason is not None, self.checkpoints.is_due(state.step))
+                if stopping or finished or due or best:
+                    self.checkpoints.save(state, test_loss)
+                if stopping or finished:
+                    self.checkpoints.wait()
                 if stopping and not finished:
-                    progress.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
+                    reason = stop.reason or "another process was told to"
+                    bar.say(f"stopped after step {state.step} ({reason}); the same command goes on from there")
                     return False
         return True
 
@@ -137,17 +144,43 @@ class Training:
         for step in range(self.state.step, self.num_steps):
             yield stream.rows(*self.here.slice(step * batch_size, (step + 1) * batch_size))
 
-    def step(self, images: Tensor) -> Tensor:
-        """One update from this rank's uint8 images; returns (2,) reconstruction and KL summed over the whole batch."""
+    def step(self, images: Tensor) -> None:
+        """One update from this rank's uint8 images; logs it when it is due."""
         config, state, here = self.config, self.state, self.here
         start, stop = here.slice(state.samples_seen, state.samples_seen + config.train.batch_size)
         noise = normal(config.seed, "train", start, stop, state.model.latent_shape, here.device)
         weight = kl_weight(state.step, config.objective)
+        rate = learning_rate(state.step, self.num_steps, config.optimizer)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, self.num_steps, config.optimizer)
+            group["lr"] = rate
+        buffers = [buffer.clone() for buffer in state.model.buffers()] if config.train.skip_nonfinite else []
 
-        state.model.train()
+        sums, finite = self.backward(images, noise, weight)
+        norm = gradient_norm(state.model.parameters()) / state.scaler.get_scale()
+        # Sums and gradients are the same on all ranks, so all decide the same. fp16's scaler looks at gradients itself.
+        if sums.isfinite().all() and (norm.isfinite() or state.scaler.is_enabled()):
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            here.average_buffers(state.model)
+            state.advance(sums, config.train.batch_size)
+            if state.step == self.num_steps or state.step % config.train.log_every == 0:
+                self.log_step(sums, float(norm), rate, weight)
+        else:
+            self.skip_or_stop(start + (~finite).nonzero().flatten().cpu().numpy())
+            for buffer, kept in zip(state.model.buffers(), buffers, strict=True):
+                buffer.copy_(kept)
+        state.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, images: Tensor, noise: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over the whole batch, on every rank.
+
+        Returns (2,) reconstruction and KL summed over the whole batch, and for each of this rank's images whether its
+        loss is a finite number.
+        """
+        config, here = self.config, self.here
+        self.state.model.train()
         sums = torch.zeros(2, dtype=torch.float64, device=here.device)
+        finite = []
         parts = list(even_parts((to_float(images, here.device), noise), config.train.accumulate))
         for number, (part, part_noise) in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else gradients_stay_local(self.model):
@@ -156,44 +189,49 @@ class Training:
                 losses = negative_elbo(output.logits, part, output.mean, output.logvar)
                 # The mean over the global batch: parts may be unequal, and gradients are averaged over the ranks.
                 loss = losses.total(weight).sum() * (here.size / config.train.batch_size)
-                state.scaler.scale(loss).backward()
+                self.state.scaler.scale(loss).backward()
             sums += torch.stack([term.detach().double().sum() for term in losses])
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        here.average_buffers(state.model)
-        return here.sum_(sums)
+            finite.append(losses.total().isfinite())
+        return here.sum_(sums), torch.cat(finite)
 
-    def losses_of(self, sums: Tensor) -> Losses:
-        """Mean losses of the step just done; UserError, on every rank, where they are no numbers any more."""
-        losses = Losses(*(sums / self.config.train.batch_size).cpu())
-        if not losses.total().isfinite():
-            raise UserError(
-                f"the loss is {float(losses.total())} at step {self.state.step}: lower optimizer.lr or use "
-                "train.precision=fp32; the checkpoints before it are whole"
-            )
-        return losses
+    def skip_or_stop(self, positions: npt.NDArray[np.int64]) -> None:
+        """Counts and records a step that must not change anything; UserError, on all ranks, where there were too many.
 
-    def log_step(self, sums: Tensor) -> None:
+        `positions` in the stream of this rank's images with a loss that is no finite number.
+        """
+        state, options = self.state, self.config.train
+        sources = self.train_set.index.texts("source") if len(positions) else []
+        stream = TrainingStream(len(self.train_set), self.config.seed)
+        mine = [sources[stream.rows(place, place + 1)[0]] for place in positions.tolist()]
+        images = self.here.broadcast(self.here.gather(mine))
+        state.skip(options.batch_size)
+        what = describe_nonfinite(state.step, images)
+        self.log.write("skipped", state.step, {"images_by_rank": images})
+        if state.num_skipped <= options.skip_nonfinite:
+            if self.here.is_main:
+                print(f"warning: {what}; skipped, {state.num_skipped} of {options.skip_nonfinite}", flush=True)
+            return
+        self.checkpoints.wait()
+        raise UserError(
+            f"{what}: lower optimizer.lr, use train.precision=fp32, or let train.skip_nonfinite={state.num_skipped} "
+            f"steps be skipped; the checkpoints before it are whole, {self.run.metrics} lists the images"
+        )
+
+    def log_step(self, sums: Tensor, norm: float, rate: float, weight: float) -> None:
         """Records the losses of the step just done."""
-        state, config = self.state, self.config
-        weight = kl_weight(state.step - 1, config.objective)
-        record = loss_record(self.losses_of(sums), weight, config.data.image_size)
-        rate = learning_rate(state.step - 1, self.num_steps, config.optimizer)
-        record = {"samples_seen": state.samples_seen, **record, "lr": rate, "kl_weight": weight}
-        self.log.step(state.step, config.train.batch_size, record)
+        losses = Losses(*(sums / self.config.train.batch_size).cpu())
+        record = loss_record(losses, weight, self.config.data.image_size)
+        record = {"samples_seen": self.state.samples_seen, **record, "lr": rate, "kl_weight": weight}
+        self.log.step(self.state.step, self.config.train.batch_size, record | {"gradient_norm": norm})
 
-    def end_epoch(self, progress: Progress) -> None:
-        """Test loss, records and pictures."""
+    def end_epoch(self, progress: Progress) -> float:
+        """Records and pictures; returns the test loss in nats an image, the negative ELBO."""
         config, state = self.config, self.state
         epoch = state.samples_seen // len(self.train_set)
         weight = kl_weight(state.step - 1, config.objective)
+        test = test_losses(state.best_model, self.test_set, config, self.here)
         train_record, test_record = (
-            loss_record(losses, weight, config.data.image_size)
-            for losses in (
-                Losses(*state.end_epoch()),
-                test_losses(state.best_model, self.test_set, config, self.here),
-            )
+            loss_record(losses, weight, config.data.image_size) for losses in (Losses(*state.end_epoch()), test)
         )
         self.log.metrics("epoch", state.step, {"epoch": epoch, "train": train_record, "test": test_record})
         if self.here.is_main:
@@ -202,6 +240,7 @@ class Training:
             progress.say(
                 f"epoch {epoch}/{config.train.epochs}: train {in_words(train_record)}; test {in_words(test_record)}"
             )
+        return float(test.total())
 
     def finish(self) -> None:
         """Exports the weights, with the curves and hyperparameters that belong to them."""
@@ -214,6 +253,12 @@ class Training:
         save_vae(run.weights, state.best_model, config, step=state.step, samples_seen=state.samples_seen)
         print(f"trained weights: {run.weights}", flush=True)
 
+    def close(self) -> None:
+        """Closes the files and lets the next one into the run directory."""
+        self.log.close()
+        if self.lock is not None:
+            self.lock.release()
+
     def greeting(self, loaded: str | None) -> str:
         """What is about to happen, in a line."""
         here, train_config = self.here, self.config.train
@@ -224,6 +269,11 @@ class Training:
             f"{'process' if here.size == 1 else 'processes'} on {here.device.type}, {train_config.precision}, "
             f"images {'in memory' if self.train_set.in_memory else 'read from the shards'}"
         )
+
+
+def split_names(config: Config) -> tuple[str, str]:
+    """Of the images to train on and to test on."""
+    return config.data.train_split, config.data.test_split
 
 
 def count_steps(config: Config, num_images: int) -> int:

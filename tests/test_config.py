@@ -122,7 +122,7 @@ def test_fp16_is_refused_on_the_cpu() -> None:
 
 def test_differences_name_what_a_resumed_run_may_not_change() -> None:
     old = load_config(None)
-    harmless = ["epochs=60", "checkpoint.every=5", "run_dir=x", "num_generated=5", "hours=1", "loading=shards"]
+    harmless = ["epochs=60", "checkpoint.every_steps=5", "run_dir=x", "num_generated=5", "hours=1", "loading=shards"]
     assert differences(old, load_config(None, harmless)) == []
     assert differences(old, load_config(None, ["latent_dim=5"])) == ["model.latent_dim: 128 → 5"]
     cosine = load_config(None, ["schedule=cosine"])

@@ -54,7 +54,7 @@ def test_image_ids_and_noise_of_each_step_are_the_same_on_1_2_and_4_ranks(shards
     seen = {}
     for ranks in (1, 2, 4):
         folder = tmp_path / str(ranks)
-        parts = on_ranks("visited", ranks, folder, shards, folder / "run", "epochs=2", "checkpoint.every=1000")
+        parts = on_ranks("visited", ranks, folder, shards, folder / "run", "epochs=2", "checkpoint.every_steps=1000")
         seen[ranks] = {
             "ids": [[name for part in parts for name in part["ids"][step]] for step in range(len(parts[0]["ids"]))],
             "noise": torch.cat([torch.cat([part["noise"][step] for part in parts]) for step in range(10)]),

@@ -52,7 +52,7 @@ def test_pipeline_stops_at_the_first_stage_that_fails(source: Path, tmp_path: Pa
 
 
 def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(source: Path, tmp_path: Path) -> None:
-    call = command("cxr-launch", "pipeline", *options(source, tmp_path, "epochs=400", "checkpoint.every=1000"))
+    call = command("cxr-launch", "pipeline", *options(source, tmp_path, "epochs=400", "checkpoint.every_steps=1000"))
     process = subprocess.Popen(
         call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -72,7 +72,7 @@ def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(source: Path
 
 
 def test_a_killed_launcher_takes_its_jobs_along(source: Path, tmp_path: Path) -> None:
-    call = command("cxr-launch", "pipeline", *options(source, tmp_path, "epochs=400", "checkpoint.every=1000"))
+    call = command("cxr-launch", "pipeline", *options(source, tmp_path, "epochs=400", "checkpoint.every_steps=1000"))
     process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5)

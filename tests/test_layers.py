@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     ["errors"],
-    ["config", "files", "console", "workers"],
+    ["config", "files", "console", "workers", "locks"],
     ["config_file"],
     ["distributed", "noise", "precision", "schedules", "stopping"],
     ["phantom_shapes"],
@@ -21,8 +21,9 @@ LAYERS = [
     ["shards", "stream", "dataset"],
     ["losses"],
     ["models"],
-    ["state", "export", "pictures", "run_dir"],
+    ["guard", "state", "export", "pictures", "run_dir", "manifest"],
     ["checkpoint", "run_log", "validation"],
+    ["checkpoint_list", "run_export"],
     ["train"],
     ["generate"],
     ["inception_weights", "features"],

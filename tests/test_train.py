@@ -26,7 +26,14 @@ def arguments(shards: Path, run_dir: Path, *options: str) -> list[str]:
     return ["train", "configs/reference.yaml", *TINY, f"data.shards={shards}", f"run_dir={run_dir}", *options]
 
 
-LONG = ("epochs=8", "checkpoint.every=7", "grid_every=4", "ema_decay=0.9", "schedule=cosine", "kl_warmup_steps=20")
+LONG = (
+    "epochs=8",
+    "checkpoint.every_steps=7",
+    "grid_every=4",
+    "ema_decay=0.9",
+    "schedule=cosine",
+    "kl_warmup_steps=20",
+)
 """40 steps: epochs, checkpoints and stops fall on different steps."""
 
 
@@ -138,7 +145,7 @@ def test_two_processes_under_torchrun_train_resume_and_agree(shards: Path, tmp_p
 
 def test_ranks_whose_torchrun_was_killed_save_and_leave(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    call = command("cxr-vae", *arguments(shards, run, "epochs=1000", "checkpoint.every=100000"), ranks=2)
+    call = command("cxr-vae", *arguments(shards, run, "epochs=1000", "checkpoint.every_steps=100000"), ranks=2)
     with (tmp_path / "log").open("w") as log:
         torchrun = subprocess.Popen(call, env=environment(), stdout=log, stderr=log)
     while len(read_records(run / "metrics.jsonl")) < 5:
@@ -266,7 +273,7 @@ class TestMistakes:
         check_sentence(result, "the loss is", "at step", "lower optimizer.lr")
 
     def test_no_checkpoint_is_made_of_a_loss_that_is_no_number(self, shards: Path, tmp_path: Path) -> None:
-        options = ("lr=1e30", "precision=fp32", "log_every=1000", "checkpoint.every=4")
+        options = ("lr=1e30", "precision=fp32", "log_every=1000", "checkpoint.every_steps=4")
         check_sentence(cxr_vae(*arguments(shards, tmp_path / "run", *options)), "the loss is", "at step 4")
         assert not (tmp_path / "run" / "checkpoints").exists()
 

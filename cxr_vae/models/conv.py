@@ -1,5 +1,6 @@
 """`conv`, the reference: stride-2 convolutions with batch norm down to a vector, and their mirror back."""
 
+import math
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from cxr_vae.models.base import VAE
 class ConvVAE(VAE):
     """Convolutional VAE with a latent vector; with the defaults 224 → 7 pixels a side and 15,235,137 parameters.
 
-    Each stage of the encoder halves the side (4 × 4 kernels, stride 2), batch norm, ReLU; two linear heads give mean
-    and log-variance; a linear layer and the mirrored transposed convolutions lead back, the last to one channel of
-    logits without norm.
+    Each stage of the encoder halves the side (4 × 4 kernels, stride 2), normalisation, ReLU; two linear heads give
+    mean and log-variance; a linear layer and the mirrored transposed convolutions lead back, the last to one channel
+    of logits without norm. Group norm (Wu and He, 2018) with 8 groups, or as many as divide the width.
     """
 
     def __init__(self, config: ModelConfig, image_size: int) -> None:
@@ -24,7 +25,7 @@ class ConvVAE(VAE):
         num_features = self.smallest[0] * self.smallest[1] * self.smallest[2]
 
         self.encoder = nn.Sequential(
-            *(_down(*pair) for pair in pairwise([1, *widths])),
+            *(_down(*pair, config.norm) for pair in pairwise([1, *widths])),
             nn.Flatten(),
         )
         self.to_mean = nn.Linear(num_features, config.latent_dim)
@@ -33,7 +34,7 @@ class ConvVAE(VAE):
         self.decoder = nn.Sequential(
             nn.Linear(config.latent_dim, num_features),
             nn.Unflatten(1, self.smallest),
-            *(_up(*pair) for pair in pairwise(back)),
+            *(_up(*pair, config.norm) for pair in pairwise(back)),
             nn.ConvTranspose2d(back[-1], 1, kernel_size=4, stride=2, padding=1),
         )
 
@@ -48,13 +49,17 @@ class ConvVAE(VAE):
         return logits
 
 
-def _down(num_in: int, num_out: int) -> nn.Sequential:
+def _down(num_in: int, num_out: int, norm: str) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(num_in, num_out, kernel_size=4, stride=2, padding=1), nn.BatchNorm2d(num_out), nn.ReLU()
+        nn.Conv2d(num_in, num_out, kernel_size=4, stride=2, padding=1), _norm(norm, num_out), nn.ReLU()
     )
 
 
-def _up(num_in: int, num_out: int) -> nn.Sequential:
+def _up(num_in: int, num_out: int, norm: str) -> nn.Sequential:
     return nn.Sequential(
-        nn.ConvTranspose2d(num_in, num_out, kernel_size=4, stride=2, padding=1), nn.BatchNorm2d(num_out), nn.ReLU()
+        nn.ConvTranspose2d(num_in, num_out, kernel_size=4, stride=2, padding=1), _norm(norm, num_out), nn.ReLU()
     )
+
+
+def _norm(name: str, width: int) -> nn.Module:
+    return nn.BatchNorm2d(width) if name == "batch" else nn.GroupNorm(math.gcd(8, width), width)

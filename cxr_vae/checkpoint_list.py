@@ -1,0 +1,40 @@
+"""What `cxr-vae checkpoints` shows."""
+
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from cxr_vae.checkpoint import best_of, published
+from cxr_vae.errors import UserError
+from cxr_vae.manifest import find_fault, read_manifest
+from cxr_vae.run_dir import RunDir
+
+HEADERS = ("checkpoint", "images seen", "test loss", "processes", "MB", "")
+
+
+def list_checkpoints(run: RunDir, *, every_byte: bool) -> tuple[str, bool]:
+    """A table of a run's checkpoints, newest first, and whether all are whole; what a kill left is listed below."""
+    run.saved_config()  # says so where this is no run
+    best = best_of(run.checkpoints)
+    verdicts = {path: find_fault(path, every_byte=every_byte) for path in published(run.checkpoints)}
+    whole = "whole" if every_byte else "whole by names and sizes"
+    rows = [
+        [*_facts(path), verdicts[path] or (f"{whole}, best" if path == best else whole)]
+        for path in published(run.checkpoints)
+    ]
+    lines = [tabulate(rows, HEADERS, floatfmt=".1f") if rows else f"{run.path} has no checkpoint yet"]
+    for path in sorted(run.checkpoints.glob("*.unusable")):
+        lines.append(f"{path.name}: was skipped when the run was resumed; may be deleted")
+    for path in sorted(run.checkpoints.glob("*.tmp")):
+        lines.append(f"{path.name}: being written, or left by a kill; goes when the run is resumed")
+    return "\n".join(lines), not any(verdicts.values())
+
+
+def _facts(path: Path) -> list[Any]:
+    megabytes = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return [path.name, None, None, None, megabytes]
+    return [path.name, manifest["samples_seen"], manifest["test_loss_nats"], manifest["world_size"], megabytes]

@@ -1,0 +1,65 @@
+"""One process at a time on a directory that is written to."""
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from cxr_vae.errors import UserError
+
+LOCK = ".lock"
+
+WAIT_S = 20.0
+"""The last one may still be leaving: ranks whose torchrun was killed save a checkpoint first."""
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class DirectoryLock:
+    """The lock of a directory, held until `release` or the end of the process, however that comes about.
+
+    A POSIX record lock on a file in it: the kernel, or the server of a network file system, lets go of it with
+    the process or the machine, so none is ever left behind; children don't inherit it. Raises UserError where another
+    process, on this or another machine, still has it after `wait_s`.
+    """
+
+    def __init__(self, directory: Path, wait_s: float = WAIT_S) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / LOCK).open("a+")
+        deadline = time.monotonic() + wait_s
+        waiting = False
+        while not self._try():
+            self._file.seek(0)
+            holder = f"{directory} is in use by {self._file.read().strip() or 'another process'}"
+            if time.monotonic() >= deadline:
+                raise UserError(f"{holder}: wait for it, stop it, or name another directory")
+            if not waiting:
+                print(f"{holder}; waiting {wait_s:.0f} s for it to leave", file=sys.stderr, flush=True)
+            waiting = True
+            time.sleep(0.2)
+        self._file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        self._file.flush()
+
+    def _try(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"warning: the file system of {self._file.name} has no locks: see to it that nothing else writes there",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
+
+    def release(self) -> None:
+        """Lets the next one in."""
+        self._file.close()

@@ -1,0 +1,73 @@
+"""What a checkpoint directory must hold, byte for byte, so that damage is found before anything is loaded.
+
+`manifest.json` lists size and SHA-256 of every file with the facts of the checkpoint; `manifest.json.sha256` holds its
+own sum, as `sha256sum` writes it.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cxr_vae.errors import UserError
+from cxr_vae.files import read_json, sha256_of, sync_directory, write_atomically, write_json
+
+MANIFEST = "manifest.json"
+CHECKSUM = "manifest.json.sha256"
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Adds the manifest of the files that are there, all flushed to the disk."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(directory.iterdir())
+    }
+    write_json(directory / MANIFEST, {**facts, "files": files})
+    write_atomically(directory / CHECKSUM, _checksum(directory))
+    sync_directory(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest; UserError with the reason, in a few words, where it is not what was written."""
+    if not (directory / MANIFEST).is_file() or not (directory / CHECKSUM).is_file():
+        raise UserError(f"its {MANIFEST} or {CHECKSUM} is missing")
+    if (directory / CHECKSUM).read_bytes() != _checksum(directory).encode():
+        raise UserError(f"its {MANIFEST} is damaged (its SHA-256 is not that of {CHECKSUM})")
+    manifest = read_json(directory / MANIFEST, hint="")
+    if not isinstance(manifest, dict) or not {"step", "config", "index_hashes", "files"} <= manifest.keys():
+        raise UserError(f"its {MANIFEST} is not a checkpoint's of this version")
+    return manifest
+
+
+def find_fault(directory: Path, *, every_byte: bool = True) -> str | None:
+    """Why the directory is not what its manifest says, in a few words; None where it is.
+
+    Without `every_byte` only names and sizes are looked at. With it, files are read from the disk and not from the
+    memory the kernel keeps them in, as far as it complies.
+    """
+    try:
+        files = read_manifest(directory)["files"]
+    except UserError as error:
+        return str(error)
+    for name, expected in files.items():
+        file = directory / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if every_byte and _sha256_on_disk(file) != expected["sha256"]:
+            return f"{name} is damaged (its SHA-256 is not the manifest's)"
+    foreign = sorted({path.name for path in directory.glob("*.safetensors")} - set(files))
+    return f"{foreign[0]} is not in its {MANIFEST}" if foreign else None
+
+
+def _checksum(directory: Path) -> str:
+    return f"{sha256_of(directory / MANIFEST)}  {MANIFEST}\n"
+
+
+def _sha256_on_disk(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return sha256_of(path)
