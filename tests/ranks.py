@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World, world
-from cxr_vae.models import VAE
+from cxr_vae.errors import UserError
+from cxr_vae.noise import normal
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
 from cxr_vae.train import Training, train
@@ -30,29 +31,16 @@ def begin(here: World, shards: str, run_dir: str, *options: str) -> Training:
     return Training.begin(config, RunDir(Path(config.run_dir)), here)
 
 
-def without_norm(model: VAE) -> None:
-    """Takes the batch norm out, whose statistics depend on how a batch is divided."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], nn.Identity())
-
-
 def gradients(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Tensor]:
-    """Gradients and losses of the first step, in float32 and without batch norm."""
-    training = begin(here, shards, run_dir, "precision=fp32", *options)
-    without_norm(training.state.model)
-    training.model = here.parallel(training.state.model)
-    found: dict[str, Tensor] = {}
-
-    def keep(*_: Any) -> None:
-        for name, parameter in training.state.model.named_parameters():
-            assert parameter.grad is not None
-            found[name] = parameter.grad.clone()
-
-    training.state.optimizer.register_step_pre_hook(keep)
+    """Gradients and losses of the first step, in float32 and with group norm, which sees one image at a time."""
+    training = begin(here, shards, run_dir, "precision=fp32", "norm=group", *options)
     images = training.train_set.images(next(training.slices()))
-    return {"sums": training.step(images), **found}
+    start, stop = here.slice(0, training.config.train.batch_size)
+    noise = normal(training.config.seed, "train", start, stop, training.state.model.latent_shape)
+    sums, finite = training.backward(images, noise, 1.0)
+    assert finite.all()
+    gradients = {name: parameter.grad for name, parameter in training.state.model.named_parameters()}
+    return {"sums": sums, **{name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}}
 
 
 def visited(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Any]:
@@ -85,6 +73,39 @@ def states(here: World, shards: str, run_dir: str, *options: str) -> dict[str, T
     return {name: tensor.clone() for name, tensor in training.state.state_dict().items()}
 
 
+def poisoned(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Any]:
+    """A run in which the last rank's losses of the third step come to nan."""
+    training = begin(here, shards, run_dir, *options)
+    backward, before = training.backward, {}
+
+    def poisoning(images: Tensor, noise: Tensor, weight: float) -> Any:
+        if training.state.step == 2:
+            before.update({name: tensor.clone() for name, tensor in training.state.state_dict().items()})
+            noise = noise * (float("nan") if here.rank == here.size - 1 else 1)
+        return backward(images, noise, weight)
+
+    training.backward = poisoning  # type: ignore[method-assign]
+    step, unchanged = training.step, True
+
+    def stepping(images: Tensor) -> None:
+        nonlocal unchanged
+        poisoned = training.state.step == 2
+        step(images)
+        if poisoned:
+            after = training.state.state_dict()
+            unchanged = all(torch.equal(after[name], value) for name, value in before.items() if name != "counters")
+
+    training.step = stepping  # type: ignore[method-assign]
+    error = ""
+    try:
+        training.loop(StopSignal())
+    except UserError as caught:
+        error = str(caught)
+    training.close()
+    state = training.state
+    return {"error": error, "skipped": state.num_skipped, "step": state.step, "unchanged_by_skip": unchanged}
+
+
 def collectives(here: World) -> dict[str, Any]:
     """What World promises, as this rank sees it."""
     norm = nn.BatchNorm1d(2)
@@ -92,8 +113,7 @@ def collectives(here: World) -> dict[str, Any]:
     here.average_buffers(norm)
     return {
         "sum": here.sum_(torch.tensor([here.rank + 1.0])),
-        "any_one": here.any(here.rank == here.size - 1),
-        "any_none": here.any(False),
+        "any": here.any(here.rank == here.size - 1, False, here.rank == 0),
         "mean": norm.running_mean,
         "batches": norm.num_batches_tracked,
         "broadcast": here.broadcast(f"from {here.rank}"),

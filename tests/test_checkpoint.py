@@ -2,13 +2,16 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cxr_vae.checkpoint import Checkpoints
+from cxr_vae import checkpoint
+from cxr_vae.checkpoint import Checkpoints, best_of, name_of, published, read_tensors
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
@@ -17,11 +20,23 @@ from tests.helpers import TINY
 from tests.ranks import on_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-IDENTITY = {"index_hashes": {"train": "abc"}}
 
 
-def checkpoints(folder: Path, keep: int = 3, **identity: object) -> Checkpoints:
-    return Checkpoints(folder, ALONE, keep, IDENTITY | identity)
+def checkpoints(folder: Path, *options: str, train_hash: str = "abc", **how: Any) -> Checkpoints:
+    config = load_config(None, [*TINY, "every_minutes=1", *options])
+    return Checkpoints(folder, ALONE, config, {"train": train_hash}, **how)
+
+
+def save(folder: Path, state: TrainState, *options: str, test_loss: float | None = None) -> Path:
+    """Saves and waits; returns the checkpoint."""
+    saving = checkpoints(folder, *options)
+    saving.save(state, test_loss)
+    saving.wait()
+    return folder / name_of(state.step)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in published(folder)]
 
 
 def new_state(*options: str) -> TrainState:
@@ -41,7 +56,10 @@ def advance(state: TrainState, steps: int = 1) -> TrainState:
 
 
 def assert_equal(a: TrainState, b: TrainState) -> None:
-    one, two = a.state_dict(), b.state_dict()
+    assert_equal_tensors(a.state_dict(), b.state_dict())
+
+
+def assert_equal_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     for name in one:
         assert torch.equal(one[name], two[name]), name
@@ -50,11 +68,14 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 @pytest.mark.parametrize("options", [(), ("ema_decay=0.9", "optimizer.name=adamw", "weight_decay=0.1")])
 def test_what_is_saved_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path, options: tuple[str, ...]) -> None:
     state = advance(new_state(*options), 3)
-    checkpoints(tmp_path).save(state)
+    state.skip(4)
+    assert state.is_best(7.25)
+    save(tmp_path, state, *options)
     loaded = new_state(*options, "seed=9")
-    name, skipped = checkpoints(tmp_path).load_latest(loaded)
-    assert (name, skipped) == ("step-0000000003", [])
-    assert (loaded.step, loaded.samples_seen, loaded.epoch_images) == (3, 12, 12)
+    name, skipped = checkpoints(tmp_path, *options).load_latest(loaded)
+    assert (name, skipped) == ("step-0000000004", [])
+    assert (loaded.step, loaded.samples_seen, loaded.epoch_images, loaded.num_skipped) == (4, 16, 12, 1)
+    assert not loaded.is_best(7.25)
     assert_equal(loaded, state)
     assert_equal(advance(loaded, 2), advance(state, 2))
 
@@ -65,7 +86,7 @@ def test_scaler_state_comes_back(tmp_path: Path) -> None:
         one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         one.scaler.scale(torch.ones(1))
     state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 7})
-    checkpoints(tmp_path).save(state)
+    save(tmp_path, state)
     checkpoints(tmp_path).load_latest(loaded)
     assert loaded.scaler.state_dict() == state.scaler.state_dict()
 
@@ -76,31 +97,172 @@ def test_no_checkpoint_leaves_the_state_alone(tmp_path: Path) -> None:
     assert_equal(state, untouched)
 
 
-def test_only_the_newest_are_kept_and_unfinished_ones_are_no_checkpoints(tmp_path: Path) -> None:
-    state = new_state()
-    for _ in range(5):
-        checkpoints(tmp_path, keep=2).save(advance(state))
-    (tmp_path / "step-0000000009.tmp").mkdir()
-    assert checkpoints(tmp_path).names() == ["step-0000000005", "step-0000000004"]
-    assert checkpoints(tmp_path).load_latest(new_state())[0] == "step-0000000005"
+class TestSavingWhileTrainingGoesOn:
+    def test_what_is_written_is_the_state_at_the_save(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        writing, go = threading.Event(), threading.Event()
+        write = checkpoint.write_tensors
+
+        def slowly(*arguments: Any) -> None:
+            writing.set()
+            assert go.wait(30)
+            write(*arguments)
+
+        monkeypatch.setattr(checkpoint, "write_tensors", slowly)
+        state, saving = advance(new_state()), checkpoints(tmp_path)
+        saving.save(state)
+        assert writing.wait(30)
+        advance(state, 3)  # save has returned; the write has not begun
+        assert published(tmp_path) == []
+        go.set()
+        saving.wait()
+        loaded = new_state("seed=5")
+        assert checkpoints(tmp_path).load_latest(loaded)[0] == "step-0000000001"
+        assert_equal(loaded, advance(new_state()))
+
+    def test_a_second_save_waits_for_the_first(self, tmp_path: Path) -> None:
+        state, saving = new_state(), checkpoints(tmp_path, "keep=9")
+        for _ in range(5):
+            saving.save(advance(state))
+        saving.wait()
+        assert steps_in(tmp_path) == [5, 4, 3, 2, 1]
+        for step in range(1, 6):
+            tensors = new_state().state_dict()
+            read_tensors(tmp_path / name_of(step), tensors)
+            assert_equal_tensors(tensors, advance(new_state(), step).state_dict())
+
+    def test_a_step_is_saved_once(self, tmp_path: Path) -> None:
+        state, saving = advance(new_state()), checkpoints(tmp_path)
+        saving.save(state)
+        saving.wait()
+        before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+        saving.save(state)
+        saving.wait()
+        again = checkpoints(tmp_path)
+        again.load_latest(state)
+        again.save(state)
+        again.wait()
+        assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
+
+    @pytest.mark.parametrize("on_failure", ["stop", "continue"])
+    def test_a_failed_write_is_told_at_the_next_save(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_failure: str
+    ) -> None:
+        refusals = iter([OSError(28, "No space left on device")])
+
+        def sometimes() -> None:
+            for refusal in refusals:
+                raise refusal
+
+        state, option = advance(new_state()), f"on_failure={on_failure}"
+        saving = checkpoints(tmp_path, option, before_publishing=sometimes)
+        saving.save(state)  # fails in the thread
+        advance(state)
+        if on_failure == "stop":
+            with pytest.raises(UserError, match=r"step-0000000001: this checkpoint can't be written .*No space left"):
+                saving.save(state)
+            return
+        saving.save(state)
+        saving.wait()
+        told = capsys.readouterr().out
+        assert "warning" in told
+        assert "step-0000000001: this checkpoint can't be written" in told
+        assert "training goes on" in told
+        assert steps_in(tmp_path) == [2]
+
+    def test_a_failed_last_write_is_an_error_in_any_case(self, tmp_path: Path) -> None:
+        def never() -> None:
+            raise OSError(28, "No space left on device")
+
+        saving = checkpoints(tmp_path, "on_failure=continue", before_publishing=never)
+        saving.save(advance(new_state()))
+        with pytest.raises(UserError, match="run the same command again"):
+            saving.wait()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_metrics_are_on_the_disk_before_it_is_published(self, tmp_path: Path) -> None:
+        seen: list[list[Path]] = []
+        saving = checkpoints(tmp_path, before_publishing=lambda: seen.append(published(tmp_path)))
+        saving.save(advance(new_state()))
+        saving.wait()
+        assert seen == [[]]
 
 
-def test_nothing_published_is_ever_rewritten(tmp_path: Path) -> None:
-    state = advance(new_state())
-    checkpoints(tmp_path).save(state)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
-    checkpoints(tmp_path).save(state)
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
+class TestWhatIsKept:
+    def test_the_newest(self, tmp_path: Path) -> None:
+        state = new_state()
+        for _ in range(5):
+            save(tmp_path, advance(state), "keep=2", "checkpoint.best=false", test_loss=float(state.step))
+        (tmp_path / "step-0000000009.tmp").mkdir()
+        assert steps_in(tmp_path) == [5, 4]
+        assert checkpoints(tmp_path).load_latest(new_state())[0] == "step-0000000005"
+        assert steps_in(tmp_path) == [5, 4]
+        assert not (tmp_path / "step-0000000009.tmp").exists()  # what a kill left is cleared away
+
+    def test_those_at_multiples(self, tmp_path: Path) -> None:
+        state = new_state()
+        for _ in range(10):
+            save(tmp_path, advance(state), "keep=1", "checkpoint.every_steps=1", "keep_every=4")
+        assert steps_in(tmp_path) == [10, 8, 4]
+
+    def test_the_best_by_test_loss(self, tmp_path: Path) -> None:
+        state = new_state()
+        for loss in (9.0, 5.0, 7.0, None, 6.0):
+            save(tmp_path, advance(state), "keep=1", test_loss=loss)
+        assert steps_in(tmp_path) == [5, 2]
+        assert best_of(tmp_path) == tmp_path / name_of(2)
+
+    def test_nothing_is_removed_for_one_that_does_not_read_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        state = new_state()
+        for _ in range(2):
+            save(tmp_path, advance(state), "keep=2")
+        publish = checkpoint.publish
+
+        def on_a_bad_disk(temporary: Path, final: Path) -> None:
+            flip(next(temporary.glob("*.safetensors")))
+            publish(temporary, final)
+
+        monkeypatch.setattr(checkpoint, "publish", on_a_bad_disk)
+        with pytest.raises(UserError, match=r"doesn't read back from the disk: shard-.* is damaged"):
+            save(tmp_path, advance(state), "keep=1")
+        assert steps_in(tmp_path) == [3, 2, 1]
+        name, skipped = checkpoints(tmp_path).load_latest(new_state())
+        assert name == name_of(2)
+        assert len(skipped) == 1
+
+
+def test_when_a_checkpoint_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_steps = checkpoints(tmp_path, "checkpoint.every_steps=5", "every_minutes=null")
+    assert [step for step in range(1, 16) if by_steps.is_due(step)] == [5, 10, 15]
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    by_clock = checkpoints(tmp_path, "every_minutes=2")
+    assert not by_clock.is_due(5)
+    now += 119
+    assert not by_clock.is_due(5)
+    now += 1
+    assert by_clock.is_due(5)
+    by_clock.save(advance(new_state()))
+    assert not by_clock.is_due(6)
+    by_clock.wait()
 
 
 def test_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
-    checkpoints(tmp_path, config="x").save(advance(new_state(), 2))
-    folder = tmp_path / "step-0000000002"
+    folder = save(tmp_path, advance(new_state(), 2), test_loss=3.5)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["step"], manifest["samples_seen"], manifest["world_size"]) == (2, 8, 1)
-    assert (manifest["index_hashes"], manifest["config"]) == ({"train": "abc"}, "x")
-    assert set(manifest["files"]) | {"manifest.json"} == {path.name for path in folder.iterdir()}
+    assert (manifest["index_hashes"], manifest["test_loss_nats"]) == ({"train": "abc"}, 3.5)
+    assert manifest["config"]["model"]["channels"] == [8, 16]
+    assert set(manifest["files"]) | {"manifest.json", "manifest.json.sha256"} == {p.name for p in folder.iterdir()}
     assert manifest["versions"]["torch"] == torch.__version__
+    subprocess.run(["sha256sum", "--check", "--quiet", "manifest.json.sha256"], cwd=folder, check=True)
+
+
+def test_a_checkpoint_is_tensors_that_safetensors_reads(tmp_path: Path) -> None:
+    state = advance(new_state())
+    (part,) = save(tmp_path, state).glob("*.safetensors")
+    assert_equal_tensors(load_file(part), state.state_dict())
 
 
 def flip(path: Path) -> None:
@@ -109,55 +271,36 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (lambda folder: flip(folder / "__0_0.distcp"), "__0_0.distcp is damaged"),
-    (lambda folder: flip(folder / ".metadata"), ".metadata is damaged"),
-    (lambda folder: os.truncate(folder / "__0_0.distcp", 100), "__0_0.distcp has 100 bytes"),
-    (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing or damaged"),
-    (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json is missing or damaged"),
-    (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is not a checkpoint's"),
-]
-
-
-@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=[reason for _, reason in DAMAGES])
-def test_a_damaged_checkpoint_is_skipped_by_name_for_an_older_one(
-    tmp_path: Path, damage: Callable[[Path], object], reason: str
-) -> None:
-    state = advance(new_state(), 1)
-    checkpoints(tmp_path).save(state)
-    checkpoints(tmp_path).save(advance(advance(new_state(), 1)))
-    damage(tmp_path / "step-0000000002")
-    loaded = new_state("seed=5")
-    name, skipped = checkpoints(tmp_path).load_latest(loaded)
-    assert name == "step-0000000001"
-    assert len(skipped) == 1
-    assert "step-0000000002" in skipped[0]
-    assert reason in skipped[0]
-    assert_equal(loaded, state)
-
-
 def test_damaged_checkpoints_dont_stand_in_the_way_of_new_ones(tmp_path: Path) -> None:
     state = new_state()
     for _ in range(3):
-        checkpoints(tmp_path, keep=3).save(advance(state))
+        save(tmp_path, advance(state))
     for step in (2, 3):
-        flip(tmp_path / f"step-{step:010d}" / "__0_0.distcp")
+        flip(next((tmp_path / name_of(step)).glob("*.safetensors")))
     loaded = new_state()
-    assert checkpoints(tmp_path, keep=1).load_latest(loaded)[0] == "step-0000000001"
-    checkpoints(tmp_path, keep=1).save(advance(loaded))  # step 2 again
+    assert checkpoints(tmp_path).load_latest(loaded)[0] == "step-0000000001"
+    save(tmp_path, advance(loaded), "keep=1")  # step 2 again
     again = new_state()
-    assert checkpoints(tmp_path, keep=1).load_latest(again) == ("step-0000000002", [])
+    assert checkpoints(tmp_path).load_latest(again) == ("step-0000000002", [])
     assert_equal(again, loaded)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("step-0000000002", "step-0000000002.damaged", "step-0000000003.damaged")
+        *("step-0000000002", "step-0000000002.unusable", "step-0000000003.unusable")
     ]
 
 
+def test_a_checkpoint_of_another_model_is_skipped(tmp_path: Path) -> None:
+    save(tmp_path, advance(new_state()))
+    other = advance(new_state("model.channels=[8, 24]"), 2)
+    save(tmp_path, other, "model.channels=[8, 24]")
+    name, skipped = checkpoints(tmp_path).load_latest(new_state())
+    assert name == "step-0000000001"
+    assert "it is of another configuration (model.channels: [8, 24] → [8, 16])" in skipped[0]
+
+
 def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path) -> None:
-    checkpoints(tmp_path).save(advance(new_state()))
+    save(tmp_path, advance(new_state()))
     with pytest.raises(UserError, match="trained on other images"):
-        checkpoints(tmp_path, index_hashes={"train": "other"}).load_latest(new_state())
+        checkpoints(tmp_path, train_hash="other").load_latest(new_state())
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small tmpfs")
@@ -168,13 +311,13 @@ def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_whole(tmp_path: Path
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], check=True)
     try:
         state = advance(new_state())
-        checkpoints(small).save(state)
-        pages = [-(-path.stat().st_size // 4096) for path in (small / "step-0000000001").iterdir()]
-        free = 4096 * (sum(pages) - 1 if room == "before the manifest" else 3)
+        first = save(small, state)
+        pages = [-(-path.stat().st_size // 4096) for path in first.iterdir()]
+        free = 4096 * (sum(pages) - 2 if room == "before the manifest" else 3)
         usage = os.statvfs(small)
         (small / "ballast").write_bytes(bytes(usage.f_bavail * usage.f_bsize - free))
         with pytest.raises(UserError, match=r"can't be written.*No space left.*earlier ones are whole"):
-            checkpoints(small).save(advance(advance(new_state())))
+            save(small, advance(advance(new_state())))
         assert [path.name for path in small.iterdir() if path.is_dir()] == ["step-0000000001"]
         loaded = new_state("seed=4")
         assert checkpoints(small).load_latest(loaded)[0] == "step-0000000001"
@@ -186,8 +329,8 @@ def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_whole(tmp_path: Path
 def test_a_checkpoint_of_two_ranks_loads_on_one_and_on_three(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     two, _ = on_ranks("states", 2, tmp_path / "two", shards, run, "epochs=1", "ema_decay=0.9")
-    written = sorted(path.name for path in (run / "checkpoints" / "step-0000000005").glob("*.distcp"))
-    assert written == ["__0_0.distcp", "__1_0.distcp"]  # every rank wrote its part
+    written = sorted(path.name for path in (run / "checkpoints" / "step-0000000005").glob("*.safetensors"))
+    assert [name[:11] for name in written] == ["shard-00001", "shard-00002"]  # every rank wrote its part
     for ranks in (1, 3):  # the run is finished: its state is loaded, nothing is trained
         for state in on_ranks("states", ranks, tmp_path / str(ranks), shards, run, "epochs=1", "ema_decay=0.9"):
             assert state.keys() == two.keys()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from cxr_vae.config import DataConfig
-from cxr_vae.dataset import XrayDataset, fits_in_memory, open_dataset, read_ahead
+from cxr_vae.dataset import XrayDataset, fits_in_memory, open_dataset, open_split, read_ahead
 from cxr_vae.errors import UserError
 from cxr_vae.images import decode_grey, to_square
 from cxr_vae.index import ShardDirectory
@@ -89,14 +89,15 @@ def test_a_tar_that_vanishes_is_named(shards: Path, tmp_path: Path) -> None:
 
 def test_open_dataset_checks_the_size_and_chooses_the_loading(shards: Path) -> None:
     def opened(**options: object) -> XrayDataset:
-        return open_dataset(DataConfig(shards=str(shards), image_size=32, **options), "train", 1)
+        config = DataConfig.model_validate({"shards": str(shards), "image_size": 32, **options})
+        return open_dataset(config, open_split(config, "train"), 1)
 
     assert opened().in_memory
     assert not opened(loading="shards").in_memory
     with pytest.raises(UserError, match=r"made with image_size=32, but data.image_size is 64"):
-        open_dataset(DataConfig(shards=str(shards), image_size=64), "train", 1)
+        open_split(DataConfig(shards=str(shards), image_size=64), "train")
     with pytest.raises(UserError, match="no such shard directory"):
-        open_dataset(DataConfig(shards="/nowhere", image_size=32), "train", 1)
+        open_split(DataConfig(shards="/nowhere", image_size=32), "train")
 
 
 def test_what_fits_in_memory_counts_every_process(shards: Path) -> None:

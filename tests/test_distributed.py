@@ -11,8 +11,7 @@ def test_collectives_on_three_processes(tmp_path: Path) -> None:
     ranks = on_ranks("collectives", 3, tmp_path)
     for rank, seen in enumerate(ranks):
         assert seen["sum"].item() == 6
-        assert seen["any_one"] is True
-        assert seen["any_none"] is False
+        assert seen["any"] == [True, False, True]
         assert seen["mean"].tolist() == [1.0, 1.0]  # of 0, 1, 2
         assert seen["batches"].item() == 0
         assert seen["broadcast"] == "from 0"

@@ -1,0 +1,172 @@
+"""Time to the first step, and memory, of a run that is 0, 1e4 and 1e10 images in: they should be the same.
+
+    python benchmarks/resume_cost.py SHARDS [--rounds 5] [--num 5000000]
+
+With SHARDS, and with shards of --num images made of them in a temporary folder: the index is as large as that of so
+many images, and its rows point at the images of SHARDS over and over (1.2 GB of disk and 4 GB of memory for 5 million).
+Each run gets a checkpoint at its position and is started by `cxr-vae train`; the time is that from the start of the
+command to the line of its first step in metrics.jsonl, with the files in the kernel's cache. The model is small, so
+that it doesn't hide what starting takes. The three positions take turns, in another order each round. Exits with 1
+where 1e4 or 1e10 takes 10 % longer than 0, or a process more than 1 GiB.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from tabulate import tabulate
+
+from cxr_vae.checkpoint import Checkpoints
+from cxr_vae.config_file import load_config
+from cxr_vae.distributed import World
+from cxr_vae.files import sha256_of, write_json
+from cxr_vae.index import TEXTS, ShardDirectory, save_columns
+from cxr_vae.run_dir import RunDir
+from cxr_vae.state import TrainState
+
+POSITIONS = (0, 10**4, 10**10)
+BATCH = 20
+TEXT_WIDTH = 60
+HANG_S = 300.0
+
+SLOWER, MEMORY_MB = 1.10, 1024 * 1.048576
+
+
+def enlarge(shards: Path, out: Path, num: int) -> None:
+    """Shards of `num` training images: the tars of `shards`, with an index that goes through them over and over."""
+    manifest = dict(ShardDirectory.open(shards).manifest)
+    manifest["splits"] = {name: manifest["splits"][name] for name in ("train", "test")}
+    for entry in manifest["splits"].values():
+        for file in (entry["index"]["file"], *(shard["file"] for shard in entry["shards"])):
+            try:
+                os.link(shards / file, out / file)
+            except OSError:  # another file system
+                shutil.copyfile(shards / file, out / file)
+    entry = manifest["splits"]["train"]
+    path = out / entry["index"]["file"]
+    columns = load_file(path)
+    for name in TEXTS:
+        texts = columns[name].view(f"S{columns[name].shape[1]}")[:, 0]
+        wide = np.char.ljust(texts, TEXT_WIDTH, b"x")
+        columns[name] = wide.view(np.uint8).reshape(len(texts), wide.itemsize)
+    rows = np.arange(num) % len(columns["label"])
+    columns = {name: column[rows] for name, column in columns.items()}
+    path.unlink()
+    save_columns(path, columns)
+    labels = np.bincount(columns["label"], minlength=len(manifest["classes"])).tolist()
+    entry |= {
+        "count": num,
+        "count_per_class": dict(zip(manifest["classes"], labels, strict=True)),
+        "index": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)},
+    }
+    counts = np.bincount(columns["shard"], minlength=len(entry["shards"])).tolist()
+    entry["shards"] = [shard | {"count": count} for shard, count in zip(entry["shards"], counts, strict=True)]
+    write_json(out / "manifest.json", manifest)
+
+
+def options_for(shards: Path, run: Path) -> list[str]:
+    """Of a small model, and of more epochs than the last position needs."""
+    manifest = ShardDirectory.open(shards).manifest
+    epochs = 2 * max(POSITIONS) // manifest["splits"]["train"]["count"] + 2
+    return [
+        *(f"data.shards={shards}", f"run_dir={run}", "loading=shards", "device=cpu", "precision=fp32"),
+        *(f"{name}={manifest[name]}" for name in ("image_size", "fit", "format")),
+        *("model.channels=[8, 16]", "latent_dim=4", f"batch_size={BATCH}", f"epochs={epochs}", "log_every=1"),
+    ]
+
+
+def place(samples_seen: int, options: Sequence[str]) -> None:
+    """Leaves the run directory of a run that was stopped after so many images."""
+    config = load_config(None, options)
+    splits = ShardDirectory.open(Path(config.data.shards)).manifest["splits"]
+    hashes = {name: splits[name]["index"]["sha256"] for name in (config.data.train_split, config.data.test_split)}
+    run, alone = RunDir(Path(config.run_dir)), World(0, 1, 0, 1, torch.device("cpu"))
+    state = TrainState.create(config, alone.device)
+    state.step, state.samples_seen = samples_seen // BATCH, samples_seen
+    run.claim(config, {"world_size": 1, "device": "cpu"})
+    checkpoints = Checkpoints(run.checkpoints, alone, config, hashes)
+    checkpoints.save(state)
+    checkpoints.wait()
+
+
+def start(samples_seen: int, shards: Path) -> tuple[float, float, float]:
+    """Seconds from the start of the command to its first step; then MB at the peak, and MB that are not files."""
+    with tempfile.TemporaryDirectory(prefix="resume-cost-") as folder:
+        run = Path(folder) / "run"
+        options = options_for(shards, run)
+        if samples_seen:
+            place(samples_seen, options)
+        with (Path(folder) / "log").open("wb") as log:
+            begun = time.perf_counter()
+            process = subprocess.Popen([sys.executable, "-m", "cxr_vae", "train", *options], stdout=log, stderr=log)
+        try:
+            metrics = RunDir(run).metrics
+            while not (metrics.is_file() and b'"kind": "step"' in metrics.read_bytes()):
+                if process.poll() is not None or time.perf_counter() - begun > HANG_S:
+                    sys.exit(f"no step was done:\n{(Path(folder) / 'log').read_text()}")
+                time.sleep(0.005)
+            seconds = time.perf_counter() - begun
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        finally:
+            process.kill()
+            process.wait()
+        first = metrics.read_bytes().split(b"\n")[0]
+        assert f'"samples_seen": {samples_seen + BATCH},'.encode() in first, f"it didn't go on from there: {first!r}"
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.endswith(" kB")}
+    return seconds, kilobytes["VmHWM"] * 1.024e-3, kilobytes["RssAnon"] * 1.024e-3
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """`median (min–max)`."""
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low}–{high})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--num", type=int, default=5_000_000, help="images of the enlarged shards")
+    arguments = parser.parse_args()
+    rng = random.Random(0)
+    rows, wrong = [], []
+    with tempfile.TemporaryDirectory(prefix="resume-cost-shards-") as folder:
+        enlarge(arguments.shards, Path(folder), arguments.num)
+        for shards in (arguments.shards, Path(folder)):
+            num_images = len(ShardDirectory.open(shards).split("train"))  # reads the index: now it is in the cache
+            start(0, shards)  # warms up, not counted
+            found: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
+            for _ in range(arguments.rounds):
+                for position in rng.sample(POSITIONS, len(POSITIONS)):
+                    found[position].append(start(position, shards))
+            for position in POSITIONS:
+                seconds, peaks, anonymous = zip(*found[position], strict=True)
+                ratios = [here[0] / there[0] for here, there in zip(found[position], found[0], strict=True)]
+                cells = [spread(seconds, 2), spread(ratios, 2), f"{max(peaks):.0f}", f"{max(anonymous):.0f}"]
+                rows.append([f"{num_images:,}", f"{position:,}", *cells])
+                if statistics.median(ratios) > SLOWER:
+                    wrong.append(f"{num_images:,} images, {position:,} seen: {statistics.median(ratios):.2f} times 0's")
+                if max(peaks) > MEMORY_MB:
+                    wrong.append(f"{num_images:,} images, {position:,} seen: {max(peaks):.0f} MB")
+    headers = ["images", "seen", "first step after, s", "/ that of 0", "largest peak, MB", "of it anonymous, MB"]
+    print(f"{arguments.rounds} rounds, median (min–max); peak: VmHWM, with the pages of files that are mapped\n")
+    print(tabulate(rows, headers, colalign=["right"] * 2 + ["left"] * 2 + ["right"] * 2, disable_numparse=True))
+    target = f"at most {SLOWER} times the time of 0, and {MEMORY_MB:.0f} MB (1 GiB) a process"
+    print(f"\ntarget: {target}: {'MISSED: ' + '; '.join(wrong) if wrong else 'met'}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What must not reach the weights or hang a job: numbers that are none, ranks that die or stall."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxr_vae.checkpoint import published
+from cxr_vae.guard import describe_nonfinite, gradient_norm
+from cxr_vae.run_log import read_records
+from tests.helpers import command, environment, processes_with
+from tests.ranks import on_ranks
+from tests.test_train import arguments
+
+
+def test_the_norm_of_all_gradients() -> None:
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.ones(1)),
+    ]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+    assert gradient_norm(parameters).item() == 13
+    parameters[1].grad = torch.tensor([torch.nan])
+    assert gradient_norm(parameters).isnan()
+
+
+def test_sentences() -> None:
+    assert describe_nonfinite(7, [[], ["a.png", "b.png"]]) == (
+        "step 7: the loss is no finite number for a.png (rank 1), b.png (rank 1)"
+    )
+    assert describe_nonfinite(7, [list("abcdefg")]).endswith("d (rank 0) and 3 more")
+    assert "the gradient is no finite number, though the loss of every image is" in describe_nonfinite(7, [[], []])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_with_a_loss_that_is_no_number_is_left_out(shards: Path, tmp_path: Path, ranks: int) -> None:
+    """The third step's images come to nan on the last rank: skipped, the rest goes on as if that step had not been."""
+    seen = on_ranks("poisoned", ranks, tmp_path, shards, tmp_path / "run", "skip_nonfinite=1", "epochs=1", "norm=batch")
+    for rank in seen:
+        assert rank["error"] == ""
+        assert rank["skipped"] == 1
+        assert rank["unchanged_by_skip"] is True
+        assert rank["step"] == 5
+    (record,) = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "skipped"]
+    assert record["step"] == 3
+    assert [len(names) for names in record["images_by_rank"]] == [0] * (ranks - 1) + [14 // ranks]
+    steps = [r["step"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps == [1, 2, 4, 5]
+
+
+def test_without_leave_to_skip_it_stops_with_step_rank_and_images(shards: Path, tmp_path: Path) -> None:
+    options = ("epochs=1", "checkpoint.every_steps=1")
+    seen = on_ranks("poisoned", 2, tmp_path, shards, tmp_path / "run", *options)
+    for rank in seen:  # all ranks tell the same
+        assert re.match(
+            r"step 3: the loss is no finite number for train/\S+ \(rank 1\), .* and 3 more: ", rank["error"]
+        )
+    assert published(tmp_path / "run" / "checkpoints")[0].name == "step-0000000002"
+
+
+def start(shards: Path, run: Path, log: Path, *options: str, ranks: int = 2) -> "subprocess.Popen[bytes]":
+    """A long training under torchrun, once it has done a few steps."""
+    call = command("cxr-vae", *arguments(shards, run, "epochs=5000", *options), ranks=ranks)
+    with log.open("w") as out:
+        torchrun = subprocess.Popen(call, env=environment(), stdout=out, stderr=out)
+    while len(read_records(run / "metrics.jsonl")) < 5:
+        assert torchrun.poll() is None, log.read_text()
+        time.sleep(0.05)
+    return torchrun
+
+
+def rank_processes(run: Path, torchrun: int) -> list[int]:
+    return sorted(pid for pid in processes_with(f"run_dir={run}") if pid != torchrun)
+
+
+def test_a_rank_that_is_killed_ends_the_others_in_seconds(shards: Path, tmp_path: Path) -> None:
+    torchrun = start(shards, tmp_path / "run", tmp_path / "log", ranks=3)
+    os.kill(rank_processes(tmp_path / "run", torchrun.pid)[1], signal.SIGKILL)
+    assert torchrun.wait(20) != 0
+    assert processes_with(f"run_dir={tmp_path / 'run'}") == []
+    told = (tmp_path / "log").read_text()
+    assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+", told[-600:])  # torchrun's last words
+    assert "cxr_vae/train.py" not in told  # no traceback of those that had to follow
+
+
+def test_a_rank_that_stalls_is_named(shards: Path, tmp_path: Path) -> None:
+    torchrun = start(shards, tmp_path / "run", tmp_path / "log", "stall_minutes=0.1", ranks=3)
+    stalled = rank_processes(tmp_path / "run", torchrun.pid)[1]
+    os.kill(stalled, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 40
+        while "no sign of" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        told = (tmp_path / "log").read_text()
+        assert re.search(rf"no sign of rank \d on \S+ \(process {stalled}\) for 6 s, while the others waited", told)
+    finally:
+        os.kill(stalled, signal.SIGKILL)
+    assert torchrun.wait(20) != 0
+    assert processes_with(f"run_dir={tmp_path / 'run'}") == []
+
+
+def test_the_last_words_under_torchrun_are_the_failed_ranks(shards: Path, tmp_path: Path) -> None:
+    call = command("cxr-vae", *arguments(shards, tmp_path / "run", "batch_size=1"), ranks=2)
+    result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert "train.batch_size=1 is less than one image for each of 2 processes" in result.stderr[-400:]
+    bug = command("cxr-vae", *arguments(shards, tmp_path / "run", "batch_size=14"), ranks=2)
+    broken = environment(PYTHONPATH=f"{broken_library(tmp_path)}:{Path(__file__).parents[1]}")
+    result = subprocess.run(bug, env=broken, capture_output=True, text=True, check=False, timeout=60)
+    assert "ZeroDivisionError: a bug on rank 1" in result.stderr[-400:]
+
+
+def broken_library(folder: Path) -> Path:
+    """A folder for PYTHONPATH in which rank 1 meets a bug in its third step."""
+    library = folder / "library"
+    library.mkdir()
+    (library / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import cxr_vae.schedules as schedules\n"
+        "    def kl_weight(step, config):\n"
+        "        if step == 3:\n"
+        "            raise ZeroDivisionError('a bug on rank 1')\n"
+        "        return 1.0\n"
+        "    schedules.kl_weight = kl_weight\n"
+    )
+    return library

@@ -1,0 +1,95 @@
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from cxr_vae.checkpoint import published
+from cxr_vae.run_log import read_records
+from cxr_vae.stopping import STOPPED_EXIT_CODE, StopSignal
+from tests.helpers import command, cxr_vae, environment
+from tests.test_train import arguments
+
+LONG = ("epochs=5000", "checkpoint.best=false")
+
+
+def test_a_signal_is_a_reason_to_stop_only_in_the_process_that_asked() -> None:
+    with StopSignal() as stop:
+        assert stop.reason is None
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0 if stop.reason is None else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.reason == "SIGUSR2"
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+
+
+def test_time_is_a_reason_to_stop() -> None:
+    assert StopSignal(max_minutes=1e-6).reason == "train.max_minutes=1e-06"
+    assert StopSignal(max_minutes=1e6).reason is None
+
+
+def started(shards: Path, run: Path, ranks: int = 1) -> "subprocess.Popen[str]":
+    call = command("cxr-vae", *arguments(shards, run, *LONG), ranks=ranks)
+    process = subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(read_records(run / "metrics.jsonl")) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def test_it_stops_by_itself_at_its_time_limit(shards: Path, tmp_path: Path) -> None:
+    result = cxr_vae(*arguments(shards, tmp_path / "run", *LONG, "max_minutes=0.1"))
+    assert result.returncode == STOPPED_EXIT_CODE, result.stderr
+    assert "(train.max_minutes=0.1); the same command goes on from there" in result.stdout
+    assert len(published(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None:
+    """While the first is still saving to a disk that hangs: a stopped thread stands for it."""
+    run = tmp_path / "run"
+    slow = environment(PYTHONPATH=f"{slow_disk(tmp_path)}:{Path(__file__).parents[1]}")
+    call = command("cxr-vae", *arguments(shards, run, *LONG))
+    process = subprocess.Popen(call, env=slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(read_records(run / "metrics.jsonl")) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # at the same time: torchrun passes on what the terminal sent already
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "interrupted twice: leaving without saving" in out
+
+
+def slow_disk(folder: Path) -> Path:
+    """A folder for PYTHONPATH with which no checkpoint is ever written."""
+    library = folder / "library"
+    library.mkdir()
+    (library / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'train' in sys.orig_argv:\n"
+        "    import time, cxr_vae.checkpoint as checkpoint\n"
+        "    checkpoint.write_tensors = lambda *arguments: time.sleep(600)\n"
+    )
+    return library
+
+
+def test_one_ctrl_c_under_torchrun_saves_and_leaves(shards: Path, tmp_path: Path) -> None:
+    """The terminal sends it to torchrun and to the ranks, and torchrun once more to the ranks."""
+    run = tmp_path / "run"
+    call = command("cxr-vae", *arguments(shards, run, *LONG), ranks=2)
+    process = subprocess.Popen(
+        call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while len(read_records(run / "metrics.jsonl")) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert "(SIGINT); the same command goes on from there" in out
+    assert published(run / "checkpoints")[0].name == f"step-{read_records(run / 'metrics.jsonl')[-1]['step']:010d}"
