@@ -29,7 +29,8 @@ from safetensors.numpy import load_file
 from tabulate import tabulate
 
 from cxr_vae.checkpoint import Checkpoints
-from cxr_vae.config_file import load_config
+from cxr_vae.config import Config
+from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.distributed import World
 from cxr_vae.files import sha256_of, write_json
 from cxr_vae.index import TEXTS, ShardDirectory, save_columns
@@ -76,20 +77,20 @@ def enlarge(shards: Path, out: Path, num: int) -> None:
     write_json(out / "manifest.json", manifest)
 
 
-def options_for(shards: Path, run: Path) -> list[str]:
-    """Of a small model, and of more epochs than the last position needs."""
+def config_for(shards: Path, run: Path) -> Config:
+    """A small model, and of a run of more epochs than the last position needs."""
     manifest = ShardDirectory.open(shards).manifest
     epochs = 2 * max(POSITIONS) // manifest["splits"]["train"]["count"] + 2
-    return [
+    options = [
         *(f"data.shards={shards}", f"run_dir={run}", "loading=shards", "device=cpu", "precision=fp32"),
         *(f"{name}={manifest[name]}" for name in ("image_size", "fit", "format")),
         *("model.channels=[8, 16]", "latent_dim=4", f"batch_size={BATCH}", f"epochs={epochs}", "log_every=1"),
     ]
+    return load_config(None, options)
 
 
-def place(samples_seen: int, options: Sequence[str]) -> None:
+def place(samples_seen: int, config: Config) -> None:
     """Leaves the run directory of a run that was stopped after so many images."""
-    config = load_config(None, options)
     splits = ShardDirectory.open(Path(config.data.shards)).manifest["splits"]
     hashes = {name: splits[name]["index"]["sha256"] for name in (config.data.train_split, config.data.test_split)}
     run, alone = RunDir(Path(config.run_dir)), World(0, 1, 0, 1, torch.device("cpu"))
@@ -104,13 +105,14 @@ def place(samples_seen: int, options: Sequence[str]) -> None:
 def start(samples_seen: int, shards: Path) -> tuple[float, float, float]:
     """Seconds from the start of the command to its first step; then MB at the peak, and MB that are not files."""
     with tempfile.TemporaryDirectory(prefix="resume-cost-") as folder:
-        run = Path(folder) / "run"
-        options = options_for(shards, run)
+        run, yaml = Path(folder) / "run", Path(folder) / "config.yaml"
+        config = config_for(shards, run)
+        yaml.write_text(dump_config(config))
         if samples_seen:
-            place(samples_seen, options)
+            place(samples_seen, config)
         with (Path(folder) / "log").open("wb") as log:
             begun = time.perf_counter()
-            process = subprocess.Popen([sys.executable, "-m", "cxr_vae", "train", *options], stdout=log, stderr=log)
+            process = subprocess.Popen([sys.executable, "-m", "cxr_vae", "train", yaml], stdout=log, stderr=log)
         try:
             metrics = RunDir(run).metrics
             while not (metrics.is_file() and b'"kind": "step"' in metrics.read_bytes()):
@@ -140,7 +142,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--num", type=int, default=5_000_000, help="images of the enlarged shards")
     arguments = parser.parse_args()
-    rng = random.Random(0)
+    rng, load = random.Random(0), os.getloadavg()[0]
     rows, wrong = [], []
     with tempfile.TemporaryDirectory(prefix="resume-cost-shards-") as folder:
         enlarge(arguments.shards, Path(folder), arguments.num)
@@ -160,8 +162,9 @@ def main() -> int:
                     wrong.append(f"{num_images:,} images, {position:,} seen: {statistics.median(ratios):.2f} times 0's")
                 if max(peaks) > MEMORY_MB:
                     wrong.append(f"{num_images:,} images, {position:,} seen: {max(peaks):.0f} MB")
-    headers = ["images", "seen", "first step after, s", "/ that of 0", "largest peak, MB", "of it anonymous, MB"]
-    print(f"{arguments.rounds} rounds, median (min–max); peak: VmHWM, with the pages of files that are mapped\n")
+    headers = ["images", "seen", "first step after, s", "/ that of 0", "peak, MB", "anonymous, MB"]
+    print(f"{arguments.rounds} rounds, median (min–max); load average before: {load:.1f}")
+    print("peak: VmHWM, with the pages of mapped files; anonymous: RssAnon at the first step\n")
     print(tabulate(rows, headers, colalign=["right"] * 2 + ["left"] * 2 + ["right"] * 2, disable_numparse=True))
     target = f"at most {SLOWER} times the time of 0, and {MEMORY_MB:.0f} MB (1 GiB) a process"
     print(f"\ntarget: {target}: {'MISSED: ' + '; '.join(wrong) if wrong else 'met'}")

@@ -32,7 +32,7 @@ from cxr_vae.config_file import differences
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.files import sync_directory
-from cxr_vae.manifest import find_fault, read_manifest, write_manifest
+from cxr_vae.manifest import Files, describe_files, find_fault, read_manifest, write_manifest
 from cxr_vae.state import TrainState
 
 NAME = re.compile(r"step-(\d{10})")
@@ -134,10 +134,10 @@ class Checkpoints:
         """Writes and publishes the copy, then removes what need not be kept. Runs in the thread."""
         temporary = self.directory / f"{name}.{self._attempt}.tmp"
         try:
-            write_tensors(temporary, self._copy, self._group)
+            files = write_tensors(temporary, self._copy, self._group)
             if self.world.is_main:
                 self.before_publishing()
-                write_manifest(temporary, facts)
+                write_manifest(temporary, facts, files)
                 publish(temporary, self.directory / name)
                 prune(self.directory, self.options)
         except Exception:
@@ -153,7 +153,7 @@ class Checkpoints:
         try:
             self._in_flight.result()
         except OSError as error:
-            cause = str(error)
+            cause = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         self._in_flight = None
         failure = self.world.broadcast(cause)
         if failure is None:
@@ -209,11 +209,22 @@ def published(directory: Path) -> list[Path]:
     return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Every rank of `group` writes its part of tensors that all hold; flushed to the disk when it returns."""
+def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> Files:
+    """Every rank of `group` writes its part of tensors that all hold, and flushes it to the disk.
+
+    Returns what was written, on the first rank; each rank reports its own part, since a network file system may list
+    that of another machine late.
+    """
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     with _plain_errors():
         dcp_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    rank = dist.get_rank(group) if group else 0
+    mine = describe_files(directory.glob(f"shard-{rank + 1:05d}-*"))
+    if group is None:
+        return mine
+    box: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
+    dist.gather_object(mine, box, dst=0, group=group)
+    return {name: facts for part in box or [] for name, facts in part.items()}
 
 
 def read_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -5,7 +5,7 @@ own sum, as `sha256sum` writes it.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,17 @@ MANIFEST = "manifest.json"
 CHECKSUM = "manifest.json.sha256"
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Adds the manifest of the files that are there, all flushed to the disk."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(directory.iterdir())
-    }
+Files = dict[str, dict[str, Any]]
+"""Size and SHA-256 by name."""
+
+
+def describe_files(paths: Iterable[Path]) -> Files:
+    """What a manifest says of files."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any], files: Files) -> None:
+    """Adds the manifest of `files`, with the facts of the checkpoint, and flushes the directory to the disk."""
     write_json(directory / MANIFEST, {**facts, "files": files})
     write_atomically(directory / CHECKSUM, _checksum(directory))
     sync_directory(directory)

@@ -111,7 +111,7 @@ class RunLog:
         self.write(kind, step, record)
         for name, value in record.items():
             for inner, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-                self._board.add_scalar(f"{kind}/{name}{'/' if inner else ''}{inner}", number, step)
+                self._plot(f"{kind}/{name}{'/' if inner else ''}{inner}", number, step)
 
     def step(self, step: int, batch_size: int, record: Mapping[str, Any]) -> None:
         """Losses of one step, and the speed since the last call."""
@@ -124,16 +124,23 @@ class RunLog:
         self._last_step, self._last_time = step, now
         speed = {"step": step, "elapsed_s": round(now - self._started, 3), "images_per_s": round(images_per_s, 2)}
         self._speed.add(speed)
-        self._board.add_scalar("speed/images_per_s", images_per_s, step)
+        self._plot("speed/images_per_s", images_per_s, step)
+
+    def _plot(self, name: str, number: float, step: int) -> None:
+        """A point for TensorBoard, which is drawn for as long as the disk takes it: metrics.jsonl has all of it."""
+        with contextlib.suppress(OSError):
+            self._board.add_scalar(name, number, step)
 
     def sync(self) -> None:
         """Flushes to the disk all that was recorded; OSError where it can't be."""
         if self.enabled:
             self._metrics.sync()
-            self._board.flush()
+            with contextlib.suppress(OSError):
+                self._board.flush()
 
     def close(self) -> None:
         """Closes the files."""
         if self.enabled:
             self._metrics.sync()
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 
@@ -17,6 +18,10 @@ INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 SAME_INTERRUPT_S = 1.0
 """Ctrl-C under torchrun reaches a rank twice, from the terminal and from torchrun: that is one."""
 
+os.register_at_fork(
+    after_in_child=lambda: signal.set_wakeup_fd(-1)
+)  # a child's signals are none of its parent's business
+
 
 class StopSignal:
     """While entered, a signal only sets a flag, and in a forked child nothing at all; a second Ctrl-C leaves at once.
@@ -27,7 +32,6 @@ class StopSignal:
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self._signal: signal.Signals | None = None
-        self._interrupted_at: float | None = None
         self._owner = os.getpid()
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._max_minutes = max_minutes
@@ -46,6 +50,11 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # A thread sees them too: Python's handlers wait while the main thread is in a collective operation that hangs.
+        self._seen, self._sent = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(self._seen, True)
+        self._previous_fd = signal.set_wakeup_fd(self._sent, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(
@@ -53,16 +62,20 @@ class StopSignal:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._sent)  # which ends the thread
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:
-            return
-        self._signal = signal.Signals(number)
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now - self._interrupted_at > SAME_INTERRUPT_S:
-            os.write(2, b"\ninterrupted twice: leaving without saving; earlier checkpoints are whole\n")
-            os._exit(INTERRUPTED_EXIT_CODE)
+        if os.getpid() == self._owner:
+            self._signal = signal.Signals(number)
+
+    def _watch(self) -> None:
+        """Leaves at the second Ctrl-C."""
+        first: float | None = None
+        while numbers := os.read(self._seen, 1):
+            if numbers[0] == signal.SIGINT:
+                first = first or time.monotonic()
+                if time.monotonic() - first > SAME_INTERRUPT_S:
+                    os.write(2, b"\ninterrupted twice: leaving without saving; earlier checkpoints are whole\n")
+                    os._exit(INTERRUPTED_EXIT_CODE)
+        os.close(self._seen)

@@ -236,11 +236,20 @@ class Training:
         self.log.metrics("epoch", state.step, {"epoch": epoch, "train": train_record, "test": test_record})
         if self.here.is_main:
             if epoch % config.train.grid_every == 0 or state.step == self.num_steps:
-                save_grids(self.run, epoch, state.best_model, self.test_set, config, self.here.device)
+                self.save_pictures(epoch)
             progress.say(
                 f"epoch {epoch}/{config.train.epochs}: train {in_words(train_record)}; test {in_words(test_record)}"
             )
         return float(test.total())
+
+    def save_pictures(self, epoch: int) -> None:
+        """Samples and reconstructions; without them where the disk is full and training is to go on regardless."""
+        try:
+            save_grids(self.run, epoch, self.state.best_model, self.test_set, self.config, self.here.device)
+        except OSError as error:
+            if self.config.checkpoint.on_failure == "stop":
+                raise
+            print(f"warning: no pictures of epoch {epoch} ({error.strerror}), training goes on", flush=True)
 
     def finish(self) -> None:
         """Exports the weights, with the curves and hyperparameters that belong to them."""

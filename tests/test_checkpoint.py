@@ -102,10 +102,10 @@ class TestSavingWhileTrainingGoesOn:
         writing, go = threading.Event(), threading.Event()
         write = checkpoint.write_tensors
 
-        def slowly(*arguments: Any) -> None:
+        def slowly(*arguments: Any) -> Any:
             writing.set()
             assert go.wait(30)
-            write(*arguments)
+            return write(*arguments)
 
         monkeypatch.setattr(checkpoint, "write_tensors", slowly)
         state, saving = advance(new_state()), checkpoints(tmp_path)

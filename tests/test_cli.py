@@ -11,7 +11,10 @@ from tests.helpers import cxr_vae as call
 from tests.helpers import environment
 
 COMMANDS = {
-    "cxr-vae": ["phantom", "shard", "train", "generate", "evaluate", "report", "fetch-weights", "config"],
+    "cxr-vae": [
+        *("phantom", "shard", "train", "checkpoints", "export", "generate", "evaluate", "report", "fetch-weights"),
+        "config",
+    ],
     "cxr-launch": ["train", "evaluate", "pipeline"],
 }
 ALL = [(program, name) for program, names in COMMANDS.items() for name in names]

@@ -231,7 +231,7 @@ class TestMistakes:
     def test_a_batch_smaller_than_the_ranks(self, shards: Path, tmp_path: Path) -> None:
         result = cxr_vae(*arguments(shards, tmp_path / "run", "batch_size=1"), ranks=2)
         assert result.returncode != 0
-        ours = [line for line in result.stderr.splitlines() if "cxr-vae: error:" in line]
+        ours = [line for line in result.stderr.splitlines() if line.startswith("cxr-vae: error:")]
         assert len(ours) == 1  # of the first rank only, though torchrun adds its own account
         assert "train.batch_size=1 is less than one image for each of 2 processes" in ours[0]
 
