@@ -121,6 +121,8 @@ def main() -> int:
         with world("cpu") as here:
             leg(here, Path(arguments.leg[0]), int(arguments.leg[1]), arguments.leg[2:])
         return 0
+    if arguments.steps < len(ELASTIC):
+        parser.error(f"--steps should be at least {len(ELASTIC)}, one for each number of processes")
 
     index = ShardDirectory.open(Path(arguments.shards)).split("train")
     steps = arguments.steps

@@ -6,8 +6,9 @@ With SHARDS, and with shards of --num images made of them in a temporary folder:
 many images, and its rows point at the images of SHARDS over and over (1.2 GB of disk and 4 GB of memory for 5 million).
 Each run gets a checkpoint at its position and is started by `cxr-vae train`; the time is that from the start of the
 command to the line of its first step in metrics.jsonl, with the files in the kernel's cache. The model is small, so
-that it doesn't hide what starting takes. The three positions take turns, in another order each round. Exits with 1
-where 1e4 or 1e10 takes 10 % longer than 0, or a process more than 1 GiB.
+that it doesn't hide what starting takes. Left out: the metrics.jsonl and speed.jsonl of so long a run, which are read
+when it goes on. The three positions take turns, in another order each round. Exits with 1 where 1e4 or 1e10 takes 10 %
+longer than 0, or a process more than 1 GiB. The machine should have nothing else to do.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def enlarge(shards: Path, out: Path, num: int) -> None:
 
 
 def config_for(shards: Path, run: Path) -> Config:
-    """A small model, and of a run of more epochs than the last position needs."""
+    """A small model, and more epochs than the last position needs."""
     manifest = ShardDirectory.open(shards).manifest
     epochs = 2 * max(POSITIONS) // manifest["splits"]["train"]["count"] + 2
     options = [

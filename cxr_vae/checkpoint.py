@@ -138,6 +138,9 @@ class Checkpoints:
             if self.world.is_main:
                 self.before_publishing()
                 write_manifest(temporary, facts, files)
+                fault = find_fault(temporary)
+                if fault is not None:
+                    raise OSError(f"it doesn't read back from the disk: {fault}")
                 publish(temporary, self.directory / name)
                 prune(self.directory, self.options)
         except Exception:
@@ -163,7 +166,7 @@ class Checkpoints:
         path = self.directory / name_of(step or 0)
         sentence = f"{path}: this checkpoint can't be written ({failure}; {free}); earlier ones are whole"
         if required or self.options.on_failure == "stop":
-            raise UserError(f"{sentence}: make room and run the same command again")
+            raise UserError(f"{sentence}: mend that and run the same command again")
         if self.world.is_main:
             print(f"warning: {sentence}, training goes on", flush=True)
 
@@ -235,12 +238,9 @@ def read_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.Proces
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Makes a finished directory a checkpoint, in one step; OSError where it doesn't read back from the disk."""
+    """Makes a finished directory a checkpoint, in one step that survives a power cut."""
     temporary.rename(final)
     sync_directory(final.parent)
-    fault = find_fault(final)
-    if fault is not None:
-        raise OSError(f"it doesn't read back from the disk: {fault}")
 
 
 def prune(directory: Path, options: CheckpointConfig) -> None:

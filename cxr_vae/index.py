@@ -93,10 +93,15 @@ class SplitIndex:
             array: npt.NDArray[Any] = file.get_tensor(name)
         return array
 
-    def texts(self, name: str) -> list[str]:
-        """A column of text, of length N."""
-        rows = self.numbers(name)
-        return [os.fsdecode(text) for text in rows.view(f"S{rows.shape[1]}")[:, 0]]
+    def texts(self, name: str, rows: Sequence[int] | None = None) -> list[str]:
+        """A column of text, of length N, or what stands in it at `rows`, without reading the rest."""
+        if rows is None:
+            texts = self.numbers(name)
+        else:
+            with safe_open(self.path, framework="numpy") as file:
+                column = file.get_slice(name)
+                texts = np.concatenate([column[row : row + 1] for row in rows])
+        return [os.fsdecode(text) for text in texts.view(f"S{texts.shape[1]}")[:, 0]]
 
     @cached_property
     def labels(self) -> npt.NDArray[np.uint16]:

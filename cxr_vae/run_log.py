@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cxr_vae.files import naming, write_atomically
+from cxr_vae.files import naming
 from cxr_vae.losses import Losses, bits_per_dim
 from cxr_vae.run_dir import RunDir
 
@@ -29,6 +30,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_epochs(run: RunDir) -> list[dict[str, Any]]:
     """The records of a run's finished epochs."""
     return [record for record in read_records(run.metrics) if record["kind"] == "epoch"]
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Cuts a .jsonl file behind its last whole record of at most `step`, reading only what it cuts, from the end."""
+    path.touch()
+    with path.open("r+b") as file:
+        keep = 0
+        if os.fstat(file.fileno()).st_size:  # else there is nothing to map
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                keep = text.rfind(b"\n") + 1  # a kill may have cut the last line short
+                while keep:
+                    start = text.rfind(b"\n", 0, keep - 1) + 1
+                    with contextlib.suppress(ValueError):  # what a power cut left
+                        if json.loads(text[start:keep])["step"] <= step:
+                            break
+                    keep = start
+        file.truncate(keep)
+        os.fsync(file.fileno())
 
 
 def loss_record(losses: Losses, kl_weight: float, image_size: int) -> dict[str, float]:
@@ -53,8 +72,7 @@ class _Lines:
     """A file of lines that keeps what a full disk refuses until `sync`; two threads may use it."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [record for record in read_records(path) if record["step"] <= step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        cut_after(path, step)
         self.path = path
         self._file = path.open("ab", buffering=0)
         self._pending = b""

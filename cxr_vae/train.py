@@ -200,9 +200,9 @@ class Training:
         `positions` in the stream of this rank's images with a loss that is no finite number.
         """
         state, options = self.state, self.config.train
-        sources = self.train_set.index.texts("source") if len(positions) else []
         stream = TrainingStream(len(self.train_set), self.config.seed)
-        mine = [sources[stream.rows(place, place + 1)[0]] for place in positions.tolist()]
+        rows = [int(stream.rows(place, place + 1)[0]) for place in positions.tolist()]
+        mine = self.train_set.index.texts("source", rows) if rows else []
         images = self.here.broadcast(self.here.gather(mine))
         state.skip(options.batch_size)
         what = describe_nonfinite(state.step, images)
