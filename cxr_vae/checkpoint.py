@@ -63,7 +63,7 @@ class Checkpoints:
         self.newest_step: int | None = None
         """Of the checkpoint that was loaded or saved last, published or still being written."""
         self._group = world.new_group()  # the thread's collectives must not mix with those of training
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", self._begin_thread)
         self._in_flight: Future[None] | None = None
         self._copy: dict[str, Tensor] = {}
         self._last_save = time.monotonic()
@@ -80,15 +80,19 @@ class Checkpoints:
         by_clock = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
         return by_clock or (steps is not None and step % steps == 0)
 
-    def save(self, state: TrainState, test_loss: float | None = None) -> None:
+    def save(self, state: TrainState, test_loss: float | None = None, *, last: bool = False) -> None:
         """Copies the state and lets the thread write it, all ranks together; waits for the save before this one.
 
         `test_loss` is that of exactly this state, where it was tested. Raises UserError, on all ranks, where the save
-        before this one failed and `checkpoint.on_failure` is stop.
+        before this one failed and `checkpoint.on_failure` is stop. The `last` is tried even then, and waited for.
         """
-        if state.step == self.newest_step:
-            return
-        self._finish_write(required=False)
+        if state.step != self.newest_step:
+            self._finish_write(stop=self.options.on_failure == "stop" and not last)
+            self._begin_write(state, test_loss)
+        if last:
+            self.wait()
+
+    def _begin_write(self, state: TrainState, test_loss: float | None) -> None:
         self._take_copy(state.state_dict())
         facts = {
             "step": state.step,
@@ -104,7 +108,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last save is published, on all ranks together; UserError where it failed."""
-        self._finish_write(required=True)
+        self._finish_write(stop=True)
 
     def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
         """Loads the newest checkpoint that verifies into `state`; first clears away what a kill left half written.
@@ -120,6 +124,10 @@ class Checkpoints:
             state.load_state_dict(tensors)
             self.newest_step = state.step
         return name, skipped
+
+    def _begin_thread(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # a thread begins with the first one
 
     def _take_copy(self, tensors: dict[str, Tensor]) -> None:
         """Copies the state into host memory that is kept for the next save."""
@@ -142,14 +150,21 @@ class Checkpoints:
                 if fault is not None:
                     raise OSError(f"it doesn't read back from the disk: {fault}")
                 publish(temporary, self.directory / name)
-                prune(self.directory, self.options)
+                self._prune()
         except Exception:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _finish_write(self, *, required: bool) -> None:
-        """Waits for the write in flight; its failure is an error where it is `required` or the options say so."""
+    def _prune(self) -> None:
+        """Removes what need not be kept; that this fails is no reason to stop."""
+        try:
+            prune(self.directory, self.options)
+        except OSError as error:
+            print(f"warning: {error.filename}: an older checkpoint can't be removed ({error.strerror})", flush=True)
+
+    def _finish_write(self, *, stop: bool) -> None:
+        """Waits for the write in flight; its failure is an error where it is to `stop` the run, else a warning."""
         if self._in_flight is None:
             return
         cause, step = None, self.newest_step
@@ -165,7 +180,7 @@ class Checkpoints:
         free = f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB are free there"
         path = self.directory / name_of(step or 0)
         sentence = f"{path}: this checkpoint can't be written ({failure}; {free}); earlier ones are whole"
-        if required or self.options.on_failure == "stop":
+        if stop:
             raise UserError(f"{sentence}: mend that and run the same command again")
         if self.world.is_main:
             print(f"warning: {sentence}, training goes on", flush=True)
@@ -222,12 +237,21 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.Proce
     with _plain_errors():
         dcp_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     rank = dist.get_rank(group) if group else 0
-    mine = describe_files(directory.glob(f"shard-{rank + 1:05d}-*"))
-    if group is None:
-        return mine
-    box: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
-    dist.gather_object(mine, box, dst=0, group=group)
-    return {name: facts for part in box or [] for name, facts in part.items()}
+    mine: Files | OSError
+    try:
+        mine = describe_files(directory.glob(f"shard-{rank + 1:05d}-*"))
+    except OSError as error:
+        mine = error  # told by the first rank: the others wait there
+    parts: list[Any] = [mine]
+    if group is not None:
+        parts = [None] * dist.get_world_size(group)
+        dist.gather_object(mine, parts if rank == 0 else None, dst=0, group=group)
+    files: Files = {}
+    for part in parts if rank == 0 else []:
+        if isinstance(part, OSError):
+            raise part
+        files |= part
+    return files
 
 
 def read_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -263,11 +287,11 @@ def best_of(directory: Path) -> Path | None:
     for path in published(directory):
         try:
             loss = read_manifest(path)["test_loss_nats"]
-        except UserError:
+        except (UserError, OSError):
             continue
-        losses[path] = math.inf if loss is None else loss
-    found = min(losses, key=losses.__getitem__, default=None)
-    return found if found is not None and losses[found] < math.inf else None
+        if loss is not None and math.isfinite(loss):
+            losses[path] = loss
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import textwrap
@@ -55,7 +56,7 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
         time.sleep(OTHERS_WAIT_S)  # the one that failed should be heard first; whoever started us may end us meanwhile
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is not None or full:
@@ -71,8 +72,9 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
     if message is not None:
         _tell(message, program, lost=code == 1)
     if num_ranks() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     return code
 

@@ -136,11 +136,12 @@ def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[Worl
     if size == 1:
         yield here
         return
-    store, _, _ = next(rendezvous("env://"))
-    store.set(f"name of {rank}", f"rank {rank} on {socket.gethostname()} (process {os.getpid()})")
-    backend = _backend(here, torch.cuda.device_count())
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    store = None
     try:
+        store, _, _ = next(rendezvous("env://", timeout=patience))
+        store.set(f"name of {rank}", f"rank {rank} on {socket.gethostname()} (process {os.getpid()})")
+        backend = _backend(here, torch.cuda.device_count())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         yield here
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -153,12 +154,17 @@ def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[Worl
 
 def _lost(store: Any, here: World, error: str) -> str:
     """Which ranks are not there, in words, after a collective operation failed with `error`."""
+    if store is None:
+        return f"the other processes of this job could not be found ({error})"
     if "imed out" not in error:
         return "another process of this job has ended; its own message says why"
-    store.set(f"{here.rank} waits", "")
-    time.sleep(ROLL_CALL_S)
-    silent = [rank for rank in range(here.size) if not store.check([f"{rank} waits"])]
-    names = ", ".join(store.get(f"name of {rank}").decode() for rank in silent)
+    try:
+        store.set(f"{here.rank} waits", "")
+        time.sleep(ROLL_CALL_S)
+        silent = [rank for rank in range(here.size) if not store.check([f"{rank} waits"])]
+        names = ", ".join(store.get(f"name of {rank}").decode() for rank in silent)
+    except RuntimeError:  # whoever keeps the store, rank 0 or torchrun, is gone
+        names = ""
     return f"no sign of {names or 'the other ranks'} for {here.patience.total_seconds():.0f} s, while the others waited"
 
 

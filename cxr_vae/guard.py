@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 1e-6
+"""Of fp16's losses: a gradient that is infinite even then is no matter of the scale."""
+
 NAMED = 4
 """Images that are named in a sentence; all of them stand in the record."""
 

@@ -18,6 +18,10 @@ WAIT_S = 20.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+_HELD: set["DirectoryLock"] = set()
+"""Else one that nobody remembers would be closed with its file."""
+
+
 class DirectoryLock:
     """The lock of a directory, held until `release` or the end of the process, however that comes about.
 
@@ -44,6 +48,7 @@ class DirectoryLock:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
         self._file.flush()
+        _HELD.add(self)
 
     def _try(self) -> bool:
         try:
@@ -62,4 +67,5 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Lets the next one in."""
+        _HELD.discard(self)
         self._file.close()

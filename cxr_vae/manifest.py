@@ -51,9 +51,15 @@ def find_fault(directory: Path, *, every_byte: bool = True) -> str | None:
     memory the kernel keeps them in, as far as it complies.
     """
     try:
-        files = read_manifest(directory)["files"]
+        return _find_fault(directory, every_byte)
     except UserError as error:
         return str(error)
+    except OSError as error:  # a bad sector, no permission
+        return f"{Path(error.filename or directory).name} can't be read ({error.strerror})"
+
+
+def _find_fault(directory: Path, every_byte: bool) -> str | None:
+    files = read_manifest(directory)["files"]
     for name, expected in files.items():
         file = directory / name
         if not file.is_file():

@@ -42,7 +42,7 @@ def cut_after(path: Path, step: int) -> None:
                 keep = text.rfind(b"\n") + 1  # a kill may have cut the last line short
                 while keep:
                     start = text.rfind(b"\n", 0, keep - 1) + 1
-                    with contextlib.suppress(ValueError):  # what a power cut left
+                    with contextlib.suppress(ValueError, TypeError, KeyError):  # what a power cut left
                         if json.loads(text[start:keep])["step"] <= step:
                             break
                     keep = start
@@ -86,12 +86,12 @@ class _Lines:
 
     def sync(self) -> None:
         """Until all is on the disk; OSError where it can't be."""
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 self._write()
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise naming(self.path, error) from None
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise naming(self.path, error) from None
 
     def _write(self) -> None:
         while self._pending:

@@ -52,6 +52,11 @@ class TrainState:
         optimizer = OPTIMIZERS[config.optimizer.name](
             model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay, fused=True
         )
+        # Made now, and not by the first step or the first save, which would count as a step.
+        get_optimizer_state_dict(model, optimizer)
+        for moments in optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
         ema = None
         if config.train.ema_decay:
             average = get_ema_multi_avg_fn(config.train.ema_decay)

@@ -20,7 +20,7 @@ from cxr_vae.distributed import World, even_parts, gradients_stay_local, world
 from cxr_vae.errors import UserError
 from cxr_vae.export import hyperparameters, save_vae, set_aside
 from cxr_vae.files import write_json
-from cxr_vae.guard import describe_nonfinite, gradient_norm
+from cxr_vae.guard import SMALLEST_SCALE, describe_nonfinite, gradient_norm
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.noise import normal
@@ -112,6 +112,7 @@ class Training:
     def loop(self, stop: StopSignal) -> bool:
         """Steps until the last one or a reason to stop, on all ranks together; returns whether the last was reached."""
         state, batch_size = self.state, self.config.train.batch_size
+        stop.defer()
         with (
             Progress(self.num_steps * batch_size, "train", done=state.samples_seen, enabled=self.here.is_main) as bar,
             read_ahead(self.train_set, self.slices()) as batches,
@@ -128,9 +129,7 @@ class Training:
                 finished = state.step == self.num_steps
                 stopping, due = self.here.any(stop.reason is not None, self.checkpoints.is_due(state.step))
                 if stopping or finished or due or best:
-                    self.checkpoints.save(state, test_loss)
-                if stopping or finished:
-                    self.checkpoints.wait()
+                    self.checkpoints.save(state, test_loss, last=stopping or finished)
                 if stopping and not finished:
                     reason = stop.reason or "another process was told to"
                     bar.say(f"stopped after step {state.step} ({reason}); the same command goes on from there")
@@ -156,9 +155,11 @@ class Training:
         buffers = [buffer.clone() for buffer in state.model.buffers()] if config.train.skip_nonfinite else []
 
         sums, finite = self.backward(images, noise, weight)
-        norm = gradient_norm(state.model.parameters()) / state.scaler.get_scale()
-        # Sums and gradients are the same on all ranks, so all decide the same. fp16's scaler looks at gradients itself.
-        if sums.isfinite().all() and (norm.isfinite() or state.scaler.is_enabled()):
+        scale = state.scaler.get_scale()
+        norm = gradient_norm(state.model.parameters()) / scale
+        # Sums and gradients are the same on all ranks, so all decide the same. fp16's scaler looks at gradients itself,
+        # and lowers the scale; where that doesn't help any more, it is as without one.
+        if sums.isfinite().all() and (norm.isfinite() or (state.scaler.is_enabled() and scale > SMALLEST_SCALE)):
             state.scaler.step(state.optimizer)
             state.scaler.update()
             here.average_buffers(state.model)
@@ -211,11 +212,15 @@ class Training:
             if self.here.is_main:
                 print(f"warning: {what}; skipped, {state.num_skipped} of {options.skip_nonfinite}", flush=True)
             return
-        self.checkpoints.wait()
-        raise UserError(
+        sentence = (
             f"{what}: lower optimizer.lr, use train.precision=fp32, or let train.skip_nonfinite={state.num_skipped} "
             f"steps be skipped; the checkpoints before it are whole, {self.run.metrics} lists the images"
         )
+        try:
+            self.checkpoints.wait()
+        except UserError as failure:
+            sentence = f"{sentence}; and {failure}"
+        raise UserError(sentence)
 
     def log_step(self, sums: Tensor, norm: float, rate: float, weight: float) -> None:
         """Records the losses of the step just done."""
@@ -308,7 +313,7 @@ def check_batch(config: Config, here: World) -> None:
             f"{accumulate} micro-batches; raise it or start fewer processes"
         )
     pixels = (config.data.image_size >> len(config.model.channels)) ** 2
-    if batch_size // (here.size * accumulate) * pixels < 2:
+    if config.model.norm == "batch" and batch_size // (here.size * accumulate) * pixels < 2:
         raise UserError(
             f"train.batch_size={batch_size} leaves micro-batches of one image, whose smallest feature map is one "
             "pixel, and batch norm needs two values; raise it or start fewer processes"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cxr_vae import checkpoint
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
@@ -104,6 +105,23 @@ def poisoned(here: World, shards: str, run_dir: str, *options: str) -> dict[str,
     training.close()
     state = training.state
     return {"error": error, "skipped": state.num_skipped, "step": state.step, "unchanged_by_skip": unchanged}
+
+
+def unreadable_part(here: World, shards: str, run_dir: str) -> dict[str, str]:
+    """What a save says on this rank if the last rank can't read its own part again."""
+    training = begin(here, shards, run_dir)
+
+    def failing(paths: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    if here.rank == here.size - 1:
+        checkpoint.describe_files = failing
+    training.step(training.train_set.images(next(training.slices())))
+    try:
+        training.checkpoints.save(training.state, last=True)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"error": ""}
 
 
 def collectives(here: World) -> dict[str, Any]:

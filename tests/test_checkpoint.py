@@ -91,6 +91,16 @@ def test_scaler_state_comes_back(tmp_path: Path) -> None:
     assert loaded.scaler.state_dict() == state.scaler.state_dict()
 
 
+def test_a_save_before_the_first_update_changes_nothing() -> None:
+    """torch's get_optimizer_state_dict makes the moments of a new optimizer by a step, which Adam then counts."""
+    one, two = new_state("weight_decay=0.1"), new_state("weight_decay=0.1")
+    for state in (one, two):
+        state.skip(4)
+    one.state_dict()
+    assert_equal(advance(one, 3), advance(two, 3))
+    assert one.state_dict()["optimizer.state.to_mean.weight.step"].item() == 3
+
+
 def test_no_checkpoint_leaves_the_state_alone(tmp_path: Path) -> None:
     state, untouched = advance(new_state()), advance(new_state())
     assert checkpoints(tmp_path / "none").load_latest(state) == (None, [])
@@ -169,6 +179,22 @@ class TestSavingWhileTrainingGoesOn:
         assert "training goes on" in told
         assert steps_in(tmp_path) == [2]
 
+    def test_the_last_is_tried_even_if_the_one_before_failed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        refusals = iter([OSError(5, "Input/output error")])
+
+        def once() -> None:
+            for refusal in refusals:
+                raise refusal
+
+        state = advance(new_state())
+        saving = checkpoints(tmp_path, "on_failure=stop", before_publishing=once)
+        saving.save(state)
+        saving.save(advance(state), last=True)
+        assert "step-0000000001: this checkpoint can't be written (Input/output error" in capsys.readouterr().out
+        assert steps_in(tmp_path) == [2]
+
     def test_a_failed_last_write_is_an_error_in_any_case(self, tmp_path: Path) -> None:
         def never() -> None:
             raise OSError(28, "No space left on device")
@@ -210,6 +236,25 @@ class TestWhatIsKept:
             save(tmp_path, advance(state), "keep=1", test_loss=loss)
         assert steps_in(tmp_path) == [5, 2]
         assert best_of(tmp_path) == tmp_path / name_of(2)
+
+    def test_a_test_loss_that_is_no_number_is_no_best(self, tmp_path: Path) -> None:
+        state = new_state()
+        for loss in (5.0, 9.0, float("nan")):
+            save(tmp_path, advance(state), "keep=1", test_loss=loss)
+        assert steps_in(tmp_path) == [3, 1]
+
+    def test_one_that_cannot_be_removed_is_no_reason_to_stop(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError(13, "Permission denied", "step-0000000001")
+
+        monkeypatch.setattr(checkpoint, "prune", refuse)
+        state = new_state()
+        for _ in range(2):
+            save(tmp_path, advance(state), "keep=1")
+        assert steps_in(tmp_path) == [2, 1]
+        assert "step-0000000001: an older checkpoint can't be removed (Permission denied)" in capsys.readouterr().out
 
     def test_nothing_is_removed_for_one_that_does_not_read_back(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,6 +366,12 @@ def test_a_full_disk_is_told_and_leaves_earlier_checkpoints_whole(tmp_path: Path
         assert_equal(loaded, state)
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_a_part_that_another_rank_cannot_read_back_is_told_by_all(shards: Path, tmp_path: Path) -> None:
+    for told in on_ranks("unreadable_part", 2, tmp_path, shards, tmp_path / "run"):
+        assert "step-0000000001: this checkpoint can't be written (Input/output error" in told["error"]
+    assert published(tmp_path / "run" / "checkpoints") == []
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one_and_on_three(shards: Path, tmp_path: Path) -> None:

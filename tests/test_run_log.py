@@ -21,6 +21,7 @@ def lines(*steps: int) -> bytes:
         (lines(1) + lines(2)[:-1], lines(1)),  # whole but for its end: written again
         (lines(3, 4), b""),
         (b'{"kind', b""),
+        (lines(1) + b"12\n{}\n", lines(1)),
         (lines(1) + bytes(100) + b"\n" + lines(2)[:9], lines(1)),  # by a power cut
     ],
 )

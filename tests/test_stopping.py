@@ -1,8 +1,11 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from cxr_vae.checkpoint import published
 from cxr_vae.run_log import read_records
@@ -21,6 +24,7 @@ def test_a_signal_is_a_reason_to_stop_only_in_the_process_that_asked() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0 if stop.reason is None else 1)
         assert os.waitpid(child, 0)[1] == 0
+        stop.defer()
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.reason == "SIGUSR2"
     assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
@@ -29,6 +33,38 @@ def test_a_signal_is_a_reason_to_stop_only_in_the_process_that_asked() -> None:
 def test_time_is_a_reason_to_stop() -> None:
     assert StopSignal(max_minutes=1e-6).reason == "train.max_minutes=1e-06"
     assert StopSignal(max_minutes=1e6).reason is None
+
+
+WAITING = """
+import os, signal, sys, time
+from cxr_vae.stopping import StopSignal
+os.environ["TORCHELASTIC_RUN_ID"] = "1"
+with StopSignal() as stop:
+    print(os.getpid(), flush=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the main thread is deaf, as in a C++ library that waits
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, None])
+def test_before_the_first_step_it_leaves_at_once(number: signal.Signals | None) -> None:
+    """Also in the middle of joining the others, where Python's handlers don't run. None: its torchrun is killed."""
+    program = WAITING.replace("SIGNALS", "{signal.SIGTERM, signal.SIGUSR1}")
+    code = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {program!r}]))"
+    torchrun = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert torchrun.stdout is not None
+    pid = int(torchrun.stdout.readline())
+    if number is None:
+        torchrun.kill()
+    else:
+        os.kill(pid, number)
+    _, told = torchrun.communicate(timeout=20)  # until the rank, too, has closed its ends
+    reason = "the end of torchrun" if number is None else number.name
+    assert told == f"stopped before the first step ({reason}); the same command starts again\n"
+    if number is not None:
+        assert torchrun.returncode == STOPPED_EXIT_CODE
 
 
 def started(shards: Path, run: Path, ranks: int = 1) -> "subprocess.Popen[str]":
@@ -58,12 +94,12 @@ def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # at the same time: torchrun passes on what the terminal sent already
-    time.sleep(2)
+    time.sleep(3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "interrupted twice: leaving without saving" in out
+    assert "interrupted twice: nothing saved" in out
 
 
 def slow_disk(folder: Path) -> Path:
