@@ -58,7 +58,7 @@ def die() -> None:
 
 def child(phase: str, nth: int, arguments: list[str]) -> int:
     """`cxr-vae` that kills itself in a phase of its `nth` checkpoint."""
-    from cxr_vae import checkpoint, cli, manifest
+    from cxr_vae import checkpoint, cli, manifest, parts
 
     count = 0
 
@@ -82,8 +82,7 @@ def child(phase: str, nth: int, arguments: list[str]) -> int:
     if phase == "write in flight":
         checkpoint.Checkpoints.save = dying(checkpoint.Checkpoints.save, before=False)  # type: ignore[method-assign]
     elif phase == "after the first shard":
-        writer = checkpoint.HuggingFaceStorageWriter
-        writer.write_data = dying(writer.write_data, before=False)  # type: ignore[method-assign]
+        parts.PartWriter.write_data = dying(parts.PartWriter.write_data, before=False)  # type: ignore[method-assign]
     elif phase == "before the manifest":
         checkpoint.write_manifest = dying(checkpoint.write_manifest)
     elif phase == "inside the manifest":

@@ -12,19 +12,13 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cxr_vae import __version__
 from cxr_vae.config import CheckpointConfig, Config
@@ -32,7 +26,8 @@ from cxr_vae.config_file import differences
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.files import sync_directory
-from cxr_vae.manifest import Files, describe_files, find_fault, read_manifest, write_manifest
+from cxr_vae.manifest import find_fault, read_manifest, write_manifest
+from cxr_vae.parts import read_tensors, write_tensors
 from cxr_vae.state import TrainState
 
 NAME = re.compile(r"step-(\d{10})")
@@ -227,40 +222,6 @@ def published(directory: Path) -> list[Path]:
     return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> Files:
-    """Every rank of `group` writes its part of tensors that all hold, and flushes it to the disk.
-
-    Returns what was written, on the first rank; each rank reports its own part, since a network file system may list
-    that of another machine late.
-    """
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    with _plain_errors():
-        dcp_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-    rank = dist.get_rank(group) if group else 0
-    mine: Files | OSError
-    try:
-        mine = describe_files(directory.glob(f"shard-{rank + 1:05d}-*"))
-    except OSError as error:
-        mine = error  # told by the first rank: the others wait there
-    parts: list[Any] = [mine]
-    if group is not None:
-        parts = [None] * dist.get_world_size(group)
-        dist.gather_object(mine, parts if rank == 0 else None, dst=0, group=group)
-    files: Files = {}
-    for part in parts if rank == 0 else []:
-        if isinstance(part, OSError):
-            raise part
-        files |= part
-    return files
-
-
-def read_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Fills tensors, by name, from a checkpoint of any number of ranks; every rank of `group` reads all of them."""
-    reader = HuggingFaceStorageReader(str(directory))
-    with _plain_errors():
-        dcp_load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-
-
 def publish(temporary: Path, final: Path) -> None:
     """Makes a finished directory a checkpoint, in one step that survives a power cut."""
     temporary.rename(final)
@@ -292,13 +253,3 @@ def best_of(directory: Path) -> Path | None:
         if loss is not None and math.isfinite(loss):
             losses[path] = loss
     return min(losses, key=losses.__getitem__, default=None)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raises what went wrong on some rank, and not DCP's CheckpointException, which is no Exception."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from error

@@ -86,18 +86,20 @@ class StopSignal:
         interrupted: float | None = None
         while True:
             ready, _, _ = select.select([self._seen], [], [], 1.0)
-            numbers = os.read(self._seen, 1) if ready else b""
-            if ready and not numbers:
-                return
-            if not self._deferred and (numbers or self._orphaned()):
-                reason = signal.Signals(numbers[0]).name if numbers else "the end of torchrun"
+            number = os.read(self._seen, 1) if ready else None
+            if number == b"":
+                return  # left
+            seen = signal.Signals(number[0]) if number and number[0] in SIGNALS else None  # others are others' business
+            if not self._deferred and (seen or self._orphaned()):
+                reason = seen.name if seen else "the end of torchrun"
                 _leave(STOPPED_EXIT_CODE, f"stopped before the first step ({reason}); the same command starts again")
-            if numbers and numbers[0] == signal.SIGINT:
+            if seen == signal.SIGINT:
                 interrupted = interrupted or time.monotonic()
                 if time.monotonic() - interrupted > SAME_INTERRUPT_S:
                     _leave(INTERRUPTED_EXIT_CODE, "interrupted twice: nothing saved; earlier checkpoints are whole")
 
 
 def _leave(code: int, message: str) -> None:
-    os.write(2, f"{message}\n".encode())
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{message}\n".encode())
     os._exit(code)

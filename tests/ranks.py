@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cxr_vae import checkpoint
+from cxr_vae import parts
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
@@ -115,7 +115,7 @@ def unreadable_part(here: World, shards: str, run_dir: str) -> dict[str, str]:
         raise OSError(5, "Input/output error")
 
     if here.rank == here.size - 1:
-        checkpoint.describe_files = failing
+        parts.describe_files = failing
     training.step(training.train_set.images(next(training.slices())))
     try:
         training.checkpoints.save(training.state, last=True)

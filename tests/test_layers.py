@@ -22,6 +22,7 @@ LAYERS = [
     ["losses"],
     ["models"],
     ["guard", "state", "export", "pictures", "run_dir", "manifest"],
+    ["parts"],
     ["checkpoint", "run_log", "validation"],
     ["checkpoint_list", "run_export"],
     ["train"],

@@ -13,7 +13,7 @@ from cxr_vae import manifest
 from cxr_vae.manifest import find_fault
 from tests.test_checkpoint import advance, assert_equal, checkpoints, flip, name_of, new_state, save
 
-PART = "shard-00001-model-00001-of-00001.safetensors"
+PART = "shard-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json is damaged",
     ),
     "one part too many": (
-        lambda folder: shutil.copy(folder / PART, folder / "shard-00002-model-00001-of-00001.safetensors"),
-        "shard-00002-model-00001-of-00001.safetensors is not in its manifest.json",
+        lambda folder: shutil.copy(folder / PART, folder / "shard-00002.safetensors"),
+        "shard-00002.safetensors is not in its manifest.json",
     ),
     "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "missing"),
 }
