@@ -4,6 +4,7 @@ Each function runs on every rank; what it returns is saved for the test that ask
 """
 
 import gc
+import itertools
 import multiprocessing
 import os
 import socket
@@ -65,6 +66,28 @@ def visited(here: World, shards: str, run_dir: str, *options: str) -> dict[str, 
     training.state.model.eval()
     assert training.loop(StopSignal())
     return {"ids": steps, "noise": noise[: len(steps)]}
+
+
+def leg(here: World, shards: str, run_dir: str, until: str, *options: str) -> dict[str, Any]:
+    """Goes on with a run up to step `until` and saves: the ids and noise of this rank step by step, and its state."""
+    training = begin(here, shards, run_dir, *options)
+    first = training.state.step
+    sources, noise = training.train_set.index.texts("source"), []
+    backward = training.backward
+
+    def noting(images: Tensor, epsilon: Tensor, weight: float) -> Any:
+        noise.append(epsilon.clone())
+        return backward(images, epsilon, weight)
+
+    training.backward = noting  # type: ignore[method-assign]
+    ids = []
+    for rows in itertools.islice(training.slices(), int(until) - first):
+        ids.append([sources[row] for row in rows])
+        training.step(training.train_set.images(rows))
+    training.checkpoints.save(training.state, last=True)
+    training.close()
+    state = {name: tensor.clone() for name, tensor in training.state.state_dict().items()}
+    return {"first": first, "ids": ids, "noise": noise, "state": state}
 
 
 def states(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Tensor]:

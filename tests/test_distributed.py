@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cxr_vae.distributed import World, _backend
+from cxr_vae.run_log import read_records
 from tests.ranks import on_ranks
 
 
@@ -64,6 +66,31 @@ def test_image_ids_and_noise_of_each_step_are_the_same_on_1_2_and_4_ranks(shards
     assert torch.equal(seen[1]["noise"], seen[4]["noise"])
     first = [name for ids in seen[1]["ids"][:5] for name in ids]
     assert len(set(first)) == len(first) == 70  # an epoch holds every image once
+
+
+def test_a_run_may_change_its_number_of_processes(shards: Path, tmp_path: Path) -> None:
+    """4 → 2 → 3 → 1 in one run against one process throughout; each leg resumes the checkpoint of the one before."""
+    options = ("norm=group", "precision=fp32", "ema_decay=0.9", "checkpoint.every_steps=1000")
+    runs: dict[str, list[list[dict[str, Any]]]] = {"whole": [], "elastic": []}
+    for until, ranks in ((3, 4), (6, 2), (9, 3), (12, 1)):
+        runs["elastic"].append(on_ranks("leg", ranks, tmp_path / f"{ranks}", shards, tmp_path / "run", until, *options))
+    runs["whole"].append(on_ranks("leg", 1, tmp_path / "whole", shards, tmp_path / "other", 12, *options))
+    assert [leg[0]["first"] for leg in runs["elastic"]] == [0, 3, 6, 9]
+    ids, noise = {}, {}
+    for name, legs in runs.items():
+        steps = [(leg, step) for leg in legs for step in range(len(leg[0]["ids"]))]
+        ids[name] = [[image for rank in leg for image in rank["ids"][step]] for leg, step in steps]
+        noise[name] = [torch.cat([rank["noise"][step] for rank in leg]) for leg, step in steps]
+    assert ids["elastic"] == ids["whole"]
+    assert torch.equal(torch.stack(noise["elastic"]), torch.stack(noise["whole"]))
+    losses = [
+        [record["loss_nats"] for record in read_records(tmp_path / run / "metrics.jsonl")] for run in ("run", "other")
+    ]
+    assert len(losses[0]) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, expected in runs["whole"][0][0]["state"].items():
+        found = runs["elastic"][-1][0]["state"][name]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_ddp_is_gone_before_the_process_group(shards: Path, tmp_path: Path) -> None:
