@@ -60,7 +60,7 @@ def rewrite_world_size(checkpoint: Path) -> None:
 
 def older(checkpoint: Path) -> Path:
     """The one before it, of the same run."""
-    return checkpoint.with_name(f"step-{int(checkpoint.name[5:]) - 5:010d}")
+    return max(path for path in checkpoint.parent.glob("step-*") if path.name < checkpoint.name)
 
 
 PART, MANIFEST, CHECKSUM = "*.safetensors", "manifest.json", "manifest.json.sha256"
@@ -152,8 +152,9 @@ def full_disk(folder: Path, shards: Path, on_failure: str) -> str:
     (small / "checkpoints").mkdir(parents=True)
     (folder / "empty").mkdir(exist_ok=True)
     run = folder / f"run-{on_failure}"
-    first = train(run, shards, "epochs=1", "checkpoint.every_steps=5", "checkpoint.best=false")
-    size = sum(path.stat().st_size for path in next((run / "checkpoints").glob("step-*")).iterdir())
+    first = train(run, shards, "epochs=1", "checkpoint.best=false")
+    (whole,) = (run / "checkpoints").glob("step-*")
+    size = sum(path.stat().st_size for path in whole.iterdir())
     kept = shutil.copytree(run / "checkpoints", folder / f"kept-{on_failure}")
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", run / "checkpoints"], check=True)
     try:
@@ -168,7 +169,7 @@ def full_disk(folder: Path, shards: Path, on_failure: str) -> str:
         if (on_failure == "continue") != ("training goes on" in told):
             return f"said {told[-300:]}"
         loaded, skipped, _ = resume(run, shards)
-        if loaded != "step-0000000005" or skipped:
+        if loaded != whole.name or skipped:
             return f"loaded {loaded}, skipped {skipped}"
         subprocess.run(["mount", "-o", "remount,size=100m", run / "checkpoints"], check=True)
         again = train(run, shards, *LENGTH)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_vae import __version__
-from cxr_vae.command_line import add_command, add_overrides, parse, rank, run
+from cxr_vae.command_line import add_command, add_overrides, parse, positive, rank, run, seed, share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,28 +115,6 @@ def shard(arguments: argparse.Namespace) -> int:
         listed = arguments.out / "rejected.csv"
         print(f"{manifest['num_rejected']} images rejected, {manifest['num_ignored']} other files ignored: {listed}")
     return 0
-
-
-def share(text: str) -> float:
-    """`1%` or `0.01` as 0.01."""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= value <= 1:
-        raise ValueError(text)
-    return value
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """A whole number of at least 0."""
-    if int(text) < 0:
-        raise ValueError(text)
-    return int(text)
 
 
 def _add_train(commands: Any) -> None:

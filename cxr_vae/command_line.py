@@ -140,3 +140,25 @@ def add_command(commands: Any, name: str, command: Command, text: str, example: 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """The `key=value` arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+
+
+def share(text: str) -> float:
+    """`1%` or `0.01` as 0.01."""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)

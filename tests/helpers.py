@@ -48,6 +48,14 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | extra
 
 
+def with_patch(folder: Path, code: str) -> dict[str, str]:
+    """An environment in which Python runs `code` at its start: for faults that can't be had otherwise."""
+    library = folder / "library"
+    library.mkdir()
+    (library / "sitecustomize.py").write_text(code)
+    return environment(PYTHONPATH=f"{library}:{Path(__file__).parents[1]}")
+
+
 def command(program: str, *arguments: Any, ranks: int = 1) -> list[str]:
     """`cxr-vae …` or `cxr-launch …`, under torchrun where there is more than one rank."""
     module = {

@@ -13,7 +13,7 @@ import torch
 from cxr_vae.checkpoint import published
 from cxr_vae.guard import describe_nonfinite, gradient_norm
 from cxr_vae.run_log import read_records
-from tests.helpers import command, environment, processes_with
+from tests.helpers import command, environment, processes_with, with_patch
 from tests.ranks import on_ranks
 from tests.test_train import arguments
 
@@ -110,23 +110,18 @@ def test_the_last_words_under_torchrun_are_the_failed_ranks(shards: Path, tmp_pa
     result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert "train.batch_size=1 is less than one image for each of 2 processes" in result.stderr[-400:]
     bug = command("cxr-vae", *arguments(shards, tmp_path / "run", "batch_size=14"), ranks=2)
-    broken = environment(PYTHONPATH=f"{broken_library(tmp_path)}:{Path(__file__).parents[1]}")
+    broken = with_patch(tmp_path, BUG_ON_RANK_1)
     result = subprocess.run(bug, env=broken, capture_output=True, text=True, check=False, timeout=60)
     assert "ZeroDivisionError: a bug on rank 1" in result.stderr[-400:]
 
 
-def broken_library(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which rank 1 meets a bug in its third step."""
-    library = folder / "library"
-    library.mkdir()
-    (library / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import cxr_vae.schedules as schedules\n"
-        "    def kl_weight(step, config):\n"
-        "        if step == 3:\n"
-        "            raise ZeroDivisionError('a bug on rank 1')\n"
-        "        return 1.0\n"
-        "    schedules.kl_weight = kl_weight\n"
-    )
-    return library
+BUG_ON_RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    import cxr_vae.schedules as schedules
+    def kl_weight(step, config):
+        if step == 3:
+            raise ZeroDivisionError("a bug on rank 1")
+        return 1.0
+    schedules.kl_weight = kl_weight
+"""

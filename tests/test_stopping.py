@@ -10,7 +10,7 @@ import pytest
 from cxr_vae.checkpoint import published
 from cxr_vae.run_log import read_records
 from cxr_vae.stopping import STOPPED_EXIT_CODE, StopSignal
-from tests.helpers import command, cxr_vae, environment
+from tests.helpers import command, cxr_vae, environment, with_patch
 from tests.test_train import arguments
 
 LONG = ("epochs=5000", "checkpoint.best=false")
@@ -84,9 +84,9 @@ def test_it_stops_by_itself_at_its_time_limit(shards: Path, tmp_path: Path) -> N
 
 
 def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None:
-    """While the first is still saving to a disk that hangs: a stopped thread stands for it."""
+    """While the first is still saving, to a disk that hangs."""
     run = tmp_path / "run"
-    slow = environment(PYTHONPATH=f"{slow_disk(tmp_path)}:{Path(__file__).parents[1]}")
+    slow = with_patch(tmp_path, SLOW_DISK)
     call = command("cxr-vae", *arguments(shards, run, *LONG))
     process = subprocess.Popen(call, env=slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while len(read_records(run / "metrics.jsonl")) < 5:
@@ -102,17 +102,12 @@ def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None
     assert "interrupted twice: nothing saved" in out
 
 
-def slow_disk(folder: Path) -> Path:
-    """A folder for PYTHONPATH with which no checkpoint is ever written."""
-    library = folder / "library"
-    library.mkdir()
-    (library / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'train' in sys.orig_argv:\n"
-        "    import time, cxr_vae.checkpoint as checkpoint\n"
-        "    checkpoint.write_tensors = lambda *arguments: time.sleep(600)\n"
-    )
-    return library
+SLOW_DISK = """
+import sys
+if "train" in sys.orig_argv:
+    import time, cxr_vae.checkpoint as checkpoint
+    checkpoint.write_tensors = lambda *arguments: time.sleep(600)
+"""
 
 
 def test_one_ctrl_c_under_torchrun_saves_and_leaves(shards: Path, tmp_path: Path) -> None:
