@@ -132,10 +132,10 @@ def _add_train(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """`cxr-vae train`."""
+    from cxr_vae.stopping import STOPPED_EXIT_CODE  # isort: skip  (notes the parent, which may be killed any time)
     from cxr_vae.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)  # before torch is loaded: mistakes show at once
-    from cxr_vae.stopping import STOPPED_EXIT_CODE
     from cxr_vae.train import train as run_training
 
     return 0 if run_training(config) else STOPPED_EXIT_CODE

@@ -27,6 +27,9 @@ from cxr_vae.errors import LostPeersError, UserError
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others in a collective operation, unless it is told otherwise."""
 
+TORCHRUN_PATIENCE = timedelta(seconds=15)
+"""How long a rank looks for the store of a torchrun: it is there before the rank is, or it was killed."""
+
 ROLL_CALL_S = 3.0
 """How far apart ranks may give up waiting for the same one."""
 
@@ -138,7 +141,8 @@ def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[Worl
         return
     store = None
     try:
-        store, _, _ = next(rendezvous("env://", timeout=patience))
+        store, _, _ = next(rendezvous("env://", timeout=TORCHRUN_PATIENCE if _torchrun_keeps_store() else patience))
+        store.set_timeout(patience)
         store.set(f"name of {rank}", f"rank {rank} on {socket.gethostname()} (process {os.getpid()})")
         backend = _backend(here, torch.cuda.device_count())
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
@@ -166,6 +170,10 @@ def _lost(store: Any, here: World, error: str) -> str:
     except RuntimeError:  # whoever keeps the store, rank 0 or torchrun, is gone
         names = ""
     return f"no sign of {names or 'the other ranks'} for {here.patience.total_seconds():.0f} s, while the others waited"
+
+
+def _torchrun_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _device(name: str, local_rank: int) -> torch.device:

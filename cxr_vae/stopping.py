@@ -16,6 +16,9 @@ STOPPED_EXIT_CODE = 75
 
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 
+PARENT = os.getppid()
+"""Noted before torch is imported, which takes seconds."""
+
 SAME_INTERRUPT_S = 2.0
 """Ctrl-C under torchrun reaches a rank twice, from the terminal and from torchrun: that is one."""
 
@@ -36,7 +39,7 @@ class StopSignal:
         self._signal: signal.Signals | None = None
         self._deferred = False
         self._owner = os.getpid()
-        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._torchrun = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._max_minutes = max_minutes
         self._began = psutil.Process().create_time()
 

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -103,6 +104,22 @@ def test_a_rank_that_stalls_is_named(shards: Path, tmp_path: Path) -> None:
         os.kill(stalled, signal.SIGKILL)
     assert torchrun.wait(20) != 0
     assert processes_with(f"run_dir={tmp_path / 'run'}") == []
+
+
+def test_a_rank_whose_torchrun_was_killed_before_it_looked_gives_up(shards: Path, tmp_path: Path) -> None:
+    """Its store is gone then, too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    call = command("cxr-vae", *arguments(shards, tmp_path / "run"))
+    result = subprocess.run(
+        call, env=environment(**torchrun, **ranks), capture_output=True, text=True, check=False, timeout=90
+    )
+    assert result.returncode == 1
+    assert "the other processes of this job could not be found" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_last_words_under_torchrun_are_the_failed_ranks(shards: Path, tmp_path: Path) -> None:
