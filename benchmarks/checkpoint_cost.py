@@ -1,6 +1,6 @@
 """How long a save holds up the training loop: ours against torch.save and torch.distributed.checkpoint.
 
-    python benchmarks/checkpoint_cost.py [--out DIR] [--rounds 7]
+    python benchmarks/checkpoint_cost.py [--out DIR] [--rounds 7] [--models reference wide]
 
 The state is that of the reference model (183 MB with Adam's moments) and of one ten times as large, on the CPU, in one
 process; it needs 8 GB of memory and 4 GB of disk in DIR. First table: the three methods in turn, in another order each
@@ -188,10 +188,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write into, removed below; default: a temporary one")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = parser.parse_args()
     rng, load = random.Random(0), os.getloadavg()[0]
     saves, losses, ratios = [], [], {}
-    for name, options in MODELS.items():
+    for name, options in ((name, MODELS[name]) for name in arguments.models):
         with tempfile.TemporaryDirectory(prefix="checkpoint-cost-", dir=arguments.out) as folder:
             saver = Saver(options, Path(folder))
             rows, ratios[name], write_s = compare_saves(name, saver, arguments.rounds, rng)

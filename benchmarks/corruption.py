@@ -159,7 +159,7 @@ def full_disk(folder: Path, shards: Path, on_failure: str) -> str:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size)}", "tmpfs", run / "checkpoints"], check=True)
     try:
         shutil.copytree(kept, run / "checkpoints", dirs_exist_ok=True)
-        options = (*LENGTH, "checkpoint.keep=9", f"checkpoint.on_failure={on_failure}")
+        options = (*LENGTH, "epochs=4", "checkpoint.keep=9", f"checkpoint.on_failure={on_failure}")
         result = train(run, shards, *options)
         told = result.stdout + result.stderr
         if first.returncode or "No space left on device" not in told or "this checkpoint can't be written" not in told:
@@ -172,7 +172,7 @@ def full_disk(folder: Path, shards: Path, on_failure: str) -> str:
         if loaded != whole.name or skipped:
             return f"loaded {loaded}, skipped {skipped}"
         subprocess.run(["mount", "-o", "remount,size=100m", run / "checkpoints"], check=True)
-        again = train(run, shards, *LENGTH)
+        again = train(run, shards, *LENGTH, "epochs=4")
         return "" if again.returncode == 0 else f"after making room: {again.stderr[-300:]}"
     finally:
         subprocess.run(["umount", run / "checkpoints"], check=True)

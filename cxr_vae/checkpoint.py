@@ -82,7 +82,8 @@ class Checkpoints:
         before this one failed and `checkpoint.on_failure` is stop. The `last` is tried even then, and waited for.
         """
         if state.step != self.newest_step:
-            self._finish_write(stop=self.options.on_failure == "stop" and not last)
+            goes_on = "training goes on" if self.options.on_failure == "continue" else None
+            self._finish_write("this step's is tried" if last else goes_on)
             self._begin_write(state, test_loss)
         if last:
             self.wait()
@@ -103,7 +104,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the last save is published, on all ranks together; UserError where it failed."""
-        self._finish_write(stop=True)
+        self._finish_write(None)
 
     def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
         """Loads the newest checkpoint that verifies into `state`; first clears away what a kill left half written.
@@ -158,8 +159,8 @@ class Checkpoints:
         except OSError as error:
             print(f"warning: {error.filename}: an older checkpoint can't be removed ({error.strerror})", flush=True)
 
-    def _finish_write(self, *, stop: bool) -> None:
-        """Waits for the write in flight; its failure is an error where it is to `stop` the run, else a warning."""
+    def _finish_write(self, otherwise: str | None) -> None:
+        """Waits for the write in flight; its failure is an error, or a warning that says what happens `otherwise`."""
         if self._in_flight is None:
             return
         cause, step = None, self.newest_step
@@ -175,10 +176,10 @@ class Checkpoints:
         free = f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB are free there"
         path = self.directory / name_of(step or 0)
         sentence = f"{path}: this checkpoint can't be written ({failure}; {free}); earlier ones are whole"
-        if stop:
+        if otherwise is None:
             raise UserError(f"{sentence}: mend that and run the same command again")
         if self.world.is_main:
-            print(f"warning: {sentence}, training goes on", flush=True)
+            print(f"warning: {sentence}, {otherwise}", flush=True)
 
     def _newest_usable(self) -> tuple[str | None, list[str]]:
         for path in self.directory.glob("*.tmp"):

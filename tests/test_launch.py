@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from cxr_vae.checkpoint import published
 from cxr_vae.config_file import load_config
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
 
@@ -62,9 +63,9 @@ def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(source: Path
     out, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "interrupted" in out
-    saved = list((tmp_path / "run" / "checkpoints").iterdir())
-    assert len(saved) == 1, out
+    saved = published(tmp_path / "run" / "checkpoints")
     step = int(saved[0].name.rpartition("-")[2])
+    assert f"stopped after step {step} (SIGINT)" in out
     wait_until(lambda: not processes_of(process.pid))
     longer = launch("pipeline", *options(source, tmp_path, f"epochs={step // 5 + 2}"))
     assert longer.returncode == 0, longer.stdout
