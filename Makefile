@@ -32,10 +32,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	@if [ -z "$(DATA)" ]; then \
 	    $(BIN)/cxr-vae phantom demo/phantoms/images && \
-	    $(BIN)/cxr-launch pipeline configs/demo.yaml train.precision=$(PRECISION); \
+	    $(BIN)/cxr-launch pipeline configs/demo.yaml --cluster inline train.precision=$(PRECISION); \
 	else \
 	    name=$$(basename "$(DATA)") && \
-	    $(BIN)/cxr-launch pipeline configs/demo.yaml train.precision=$(PRECISION) "data.source=$(DATA)" \
+	    $(BIN)/cxr-launch pipeline configs/demo.yaml --cluster inline train.precision=$(PRECISION) "data.source=$(DATA)" \
 	        "data.shards=demo/$$name/shards" "run_dir=demo/$$name/run"; \
 	fi
 

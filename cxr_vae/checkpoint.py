@@ -7,7 +7,6 @@ any number of ranks.
 """
 
 import math
-import re
 import secrets
 import shutil
 import time
@@ -26,11 +25,9 @@ from cxr_vae.config_file import differences
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.files import sync_directory
-from cxr_vae.manifest import find_fault, read_manifest, write_manifest
+from cxr_vae.manifest import find_fault, name_of, published, read_manifest, write_manifest
 from cxr_vae.parts import read_tensors, write_tensors
 from cxr_vae.state import TrainState
-
-NAME = re.compile(r"step-(\d{10})")
 
 # One process needs no process group; torch would warn of that at each save and load.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -210,17 +207,6 @@ class Checkpoints:
                 "restore those shards or choose another run_dir"
             )
         return None
-
-
-def name_of(step: int) -> str:
-    """`step-0000000500`."""
-    return f"step-{step:010d}"
-
-
-def published(directory: Path) -> list[Path]:
-    """Published checkpoints in a directory, newest first."""
-    found = directory.iterdir() if directory.is_dir() else iter(())
-    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -249,9 +249,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def _add_report(commands: Any) -> None:
     parser = add_command(
-        commands, "report", report, "Shows a run's losses, speed and figures.", "cxr-vae report runs/reference"
+        commands,
+        "report",
+        report,
+        "Shows a run's losses, speed and figures; of a folder of runs, a table of their losses.",
+        "cxr-vae report runs/reference",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory, or a folder of them")
 
 
 def report(arguments: argparse.Namespace) -> int:

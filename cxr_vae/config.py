@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
+from cxr_vae.errors import UserError
+
 MAY_CHANGE: JsonDict = {"may_change": True}
 """Marks what a resumed run may have changed: it does not enter the result, or only as the user then wants."""
 
@@ -165,10 +167,12 @@ class ResourcesConfig(Section):
 
     nodes: int = Field(1, ge=1, description="machines")
     processes_per_node: int | None = Field(None, ge=1, description="ranks a machine; null: one a GPU, else one")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs a machine")
-    cpus_per_process: int = Field(1, ge=1, description="cores a rank")
-    memory_gb: int | None = Field(None, ge=1, description="memory a machine; null: what the cluster gives")
-    hours: float = Field(24.0, gt=0, description="time limit of a job")
+    gpus_per_node: int | None = Field(None, ge=0, description="GPUs a machine; null: all it has")
+    cpus_per_process: int | None = Field(None, ge=1, description="cores a rank; null: its share of the machine's")
+    memory_gb: int | None = Field(None, ge=1, description="memory a machine; null: all the cluster profile gives")
+    hours: float | None = Field(
+        None, gt=0, description="time limit of a job, after which it queues again; null: the profile's longest, or 24"
+    )
 
 
 def _free_section(kind: type[Section]) -> Any:
@@ -211,6 +215,22 @@ class Config(Section):
         if self.device == "cpu" and self.train.precision == "fp16":
             raise ValueError("train.precision=fp16 should be bf16 or fp32 with device=cpu; fp16 needs a GPU")
         return self
+
+
+def check_batch(config: Config, num_ranks: int) -> None:
+    """Raises UserError where a batch can't be divided among the ranks and their micro-batches."""
+    batch_size, accumulate = config.train.batch_size, config.train.accumulate
+    if batch_size < num_ranks * accumulate:
+        raise UserError(
+            f"train.batch_size={batch_size} is less than one image for each of {num_ranks} processes x "
+            f"{accumulate} micro-batches; raise it or start fewer processes"
+        )
+    pixels = (config.data.image_size >> len(config.model.channels)) ** 2
+    if config.model.norm == "batch" and batch_size // (num_ranks * accumulate) * pixels < 2:
+        raise UserError(
+            f"train.batch_size={batch_size} leaves micro-batches of one image, whose smallest feature map is one "
+            "pixel, and batch norm needs two values; raise it or start fewer processes"
+        )
 
 
 SECTIONS: dict[str, type[Section]] = {

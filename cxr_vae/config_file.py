@@ -9,13 +9,15 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from cxr_vae.config import MAY_CHANGE, OPTIONS, SECTIONS, Config
+from cxr_vae.config import MAY_CHANGE, OPTIONS, SECTIONS, Config, Section
 from cxr_vae.errors import UserError
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class _Core(yaml.SafeLoader):
@@ -76,6 +78,33 @@ def override_config(config: Config, overrides: Sequence[str], allowed: Sequence[
     return _validate(config.model_dump(), {}, overrides, "the options")
 
 
+def load_section(kind: type[SectionT], path: Path) -> SectionT:
+    """A YAML file of the options of one section, such as a launcher's; refused in words as a configuration is."""
+    tree = _read_tree(path)
+    for key in tree:
+        if key not in kind.model_fields:
+            near = difflib.get_close_matches(str(key), kind.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(kind.model_fields)}"
+            raise UserError(f"{path}: unknown option {key}: {hint}")
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentence(one, {}, str(path)) for one in error.errors())) from None
+
+
+def load_values(path: Path) -> dict[str, list[str]]:
+    """A YAML file of lists of values by key, each value as the text of an override."""
+    values = {}
+    for key, listed in _read_tree(path).items():
+        if not isinstance(listed, list) or not listed:
+            raise UserError(f"{path}: {key} should hold a list of values, such as [1e-3, 1e-4], not {listed!r}")
+        values[str(key)] = [
+            yaml.dump(value, Dumper=_CoreDumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+            for value in listed
+        ]
+    return values
+
+
 def _parse(override: str) -> tuple[str, Any]:
     """The full key and the value of `key=value`; the value is YAML: numbers, true/false, null, [lists] and words."""
     key, equals, text = override.partition("=")
@@ -87,7 +116,7 @@ def _parse(override: str) -> tuple[str, Any]:
         raise UserError(f"option {override}: the value is not valid YAML; quote it if it is a text") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Core)
     except OSError as error:
@@ -100,6 +129,11 @@ def _read(path: Path) -> dict[str, Any]:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys such as `train:`, found a {type(tree).__name__}")
+    return tree
+
+
+def _read(path: Path) -> dict[str, Any]:
+    tree = _read_tree(path)
     for section in SECTIONS:
         if section in tree and tree[section] is None:
             del tree[section]  # a section all of whose keys are commented out

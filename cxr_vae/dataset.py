@@ -20,6 +20,7 @@ from torch import Tensor
 from cxr_vae.config import DataConfig
 from cxr_vae.errors import UserError
 from cxr_vae.index import RESHARD, ShardDirectory, SplitIndex
+from cxr_vae.workers import num_cores
 
 MEMORY_SHARE = 0.5
 """Of the memory that is free on the machine: `loading=auto` keeps the images there if all ranks together need less."""
@@ -152,5 +153,5 @@ def open_split(config: DataConfig, split: str) -> SplitIndex:
 def open_dataset(config: DataConfig, index: SplitIndex, num_processes: int) -> XrayDataset:
     """A split's images, loaded as `config.loading` says by each of a machine's `num_processes`."""
     in_memory = config.loading == "memory" or (config.loading == "auto" and fits_in_memory(index, num_processes))
-    workers = config.workers or max(1, len(os.sched_getaffinity(0)) // num_processes)
+    workers = config.workers or num_cores(num_processes)
     return XrayDataset(index, in_memory=in_memory, workers=workers)

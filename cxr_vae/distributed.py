@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cxr_vae.errors import LostPeersError, UserError
+from cxr_vae.workers import num_cores
 
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others in a collective operation, unless it is told otherwise."""
@@ -135,7 +136,7 @@ def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[Worl
         torch.cuda.set_device(here.device)
         torch.backends.cudnn.deterministic = True  # a resumed run should end as one that was not broken off
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(num_cores(local_size))
     if size == 1:
         yield here
         return

@@ -5,6 +5,7 @@ own sum, as `sha256sum` writes it.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,21 @@ from cxr_vae.files import read_json, sha256_of, sync_directory, write_atomically
 
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest.json.sha256"
-
+NAME = re.compile(r"step-(\d{10})")
 
 Files = dict[str, dict[str, Any]]
 """Size and SHA-256 by name."""
+
+
+def name_of(step: int) -> str:
+    """`step-0000000500`."""
+    return f"step-{step:010d}"
+
+
+def published(directory: Path) -> list[Path]:
+    """Published checkpoints in a directory, newest first."""
+    found = directory.iterdir() if directory.is_dir() else iter(())
+    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
 
 def describe_files(paths: Iterable[Path]) -> Files:

@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from cxr_vae.errors import UserError
 from cxr_vae.features import NO_FID
 from cxr_vae.files import read_json
 from cxr_vae.run_dir import RunDir
@@ -14,7 +15,9 @@ TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
 
 
 def report(run: RunDir) -> str:
-    """Losses, speed and figures of a run as text, and which pictures to open."""
+    """Losses, speed and figures of a run as text, and which pictures to open; of a folder of runs, their table."""
+    if run.path.is_dir() and not run.config.is_file():
+        return compare_runs(run.path)
     run.saved_config()
     parts = [losses_table(run)]
     if run.results.is_file():
@@ -23,6 +26,25 @@ def report(run: RunDir) -> str:
     pictures = [run.curves, *newest_grids(run), run.evaluation / "generated", run.results]
     parts += ["Look at:\n" + "\n".join(f"  {path}" for path in pictures if path.exists())]
     return "\n\n".join(parts)
+
+
+def compare_runs(folder: Path) -> str:
+    """The runs in a folder, best test loss first, as text; UserError where there are none."""
+    rows = []
+    for run in (RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir()):
+        if not run.config.is_file():
+            continue
+        epochs = read_epochs(run)
+        losses = [epoch["test"]["loss_nats"] for epoch in epochs]
+        best = min(range(len(losses)), key=losses.__getitem__, default=None)
+        found = (None, None, None) if best is None else (losses[best], epochs[best]["epoch"], losses[-1])
+        rows.append([run.path.name, "yes" if run.weights.is_file() else "no", len(epochs), *found])
+    if not rows:
+        raise UserError(f"{folder} is no run directory and holds none: name one that train wrote")
+    rows.sort(key=lambda row: (row[3] is None, row[3]))
+    headers = ["run", "finished", "epochs", "best test loss", "at epoch", "last test loss"]
+    table = tabulate(rows, headers, floatfmt=("", "", "d", ".2f", "d", ".2f"), missingval="-")
+    return f"{folder}: {len(rows)} runs, losses in nats an image\n\n{table}"
 
 
 def losses_table(run: RunDir) -> str:

@@ -3,6 +3,7 @@
 import os
 import platform
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from cxr_vae.config_file import differences, dump_config, load_config
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically, write_json
 from cxr_vae.locks import LOCK, DirectoryLock
+from cxr_vae.manifest import published
 
 PACKAGES = ("cxr-vae", "torch", "torchvision", "webdataset", "submitit", "torch-fidelity", "numpy", "scipy", "pillow")
 
@@ -68,8 +70,22 @@ class RunDir:
 
     @property
     def jobs(self) -> Path:
-        """Directory where a launcher keeps the logs of its jobs; it may be there before the run."""
+        """Directory where a launcher keeps what it knows of its jobs; it may be there before the run."""
         return self.path / "jobs"
+
+    @property
+    def logs(self) -> Path:
+        """Directory of what the jobs of a launcher print; it may be there before the run."""
+        return self.path / "logs"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Where the run is, a few seconds ago."""
+        return self.path / "heartbeat.json"
+
+    def newest_step(self) -> int:
+        """Of the newest checkpoint; 0 where there is none."""
+        return max((int(path.name.removeprefix("step-")) for path in published(self.checkpoints)), default=0)
 
     def grid(self, kind: str, epoch: int) -> Path:
         """`samples` or `reconstructions` after `epoch` epochs."""
@@ -86,7 +102,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; name a new folder as run_dir")
         if not self.config.is_file():
-            ours = {self.jobs.name, f".{self.config.name}.tmp", LOCK}
+            ours = {self.jobs.name, self.logs.name, f".{self.config.name}.tmp", LOCK}
             foreign = sorted({path.name for path in self.path.iterdir()} - ours) if self.path.exists() else []
             if foreign:
                 raise UserError(f"{self.path} holds something else ({foreign[0]}); name a new folder as run_dir")
@@ -121,6 +137,16 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
+        "git": git_revision(),
         "versions": {package: version(package) for package in PACKAGES},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def git_revision() -> str | None:
+    """Of the checkout this code runs from, with `-dirty` where files in it differ; None without one."""
+    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

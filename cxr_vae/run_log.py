@@ -103,8 +103,13 @@ class RunLog:
 
     def __init__(self, run: RunDir, *, enabled: bool = True) -> None:
         self.run, self.enabled = run, enabled
-        self.note = ""
+        self.loss_nats: float | None = None
+        """The last one that was logged."""
+
+    @property
+    def note(self) -> str:
         """The last loss, for the progress bar."""
+        return "" if self.loss_nats is None else f"loss {self.loss_nats:.1f}"
 
     def begin(self, step: int) -> None:
         """Opens the files of a run that goes on after `step` steps; records of later ones go: that work is lost."""
@@ -135,7 +140,7 @@ class RunLog:
         """Losses of one step, and the speed since the last call."""
         if not self.enabled:
             return
-        self.note = f"loss {record['loss_nats']:.1f}"
+        self.loss_nats = record["loss_nats"]
         self.metrics("step", step, record)
         now = time.perf_counter()
         images_per_s = (step - self._last_step) * batch_size / (now - self._last_time)

@@ -27,7 +27,7 @@ from cxr_vae.files import read_json, sha256_of, sync_directory, write_atomically
 from cxr_vae.index import FORMAT_VERSION, MANIFEST, ShardDirectory, concatenate, save_columns
 from cxr_vae.sources import Layout, keys_of, patient_of, scan
 from cxr_vae.tars import PARTS, Entry, Preprocessing, Shard, read_part, write_tar
-from cxr_vae.workers import worker_pool
+from cxr_vae.workers import num_cores, worker_pool
 
 MIN_SHARDS = 64  # so that ranks and loader workers get equal shares ...
 MIN_PER_SHARD = 16  # ... where there are images enough,
@@ -56,7 +56,7 @@ def write_shards(
     shards = _plan(layout, out, preprocessing)
     allowed = int(max_rejected * len(layout.images))
     try:
-        rejected = _write_all(shards, allowed, workers or len(os.sched_getaffinity(0)), len(layout.images))
+        rejected = _write_all(shards, allowed, workers or num_cores(), len(layout.images))
     except BrokenProcessPool:
         raise UserError(
             f"{out}: a worker process was killed, probably for want of memory; run the same command again with fewer "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cxr_vae.checkpoint import Checkpoints
-from cxr_vae.config import Config
+from cxr_vae.config import Config, check_batch
 from cxr_vae.console import Progress
 from cxr_vae.dataset import XrayDataset, open_dataset, open_split, read_ahead
 from cxr_vae.distributed import World, even_parts, gradients_stay_local, world
@@ -21,6 +21,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.export import hyperparameters, save_vae, set_aside
 from cxr_vae.files import write_json
 from cxr_vae.guard import SMALLEST_SCALE, describe_nonfinite, gradient_norm
+from cxr_vae.heartbeat import Heartbeat
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.noise import normal
@@ -76,11 +77,12 @@ class Training:
     model: nn.Module
     checkpoints: Checkpoints
     log: RunLog
+    heart: Heartbeat
 
     @classmethod
     def begin(cls, config: Config, run: RunDir, here: World) -> "Training":
         """Opens the data, takes the run directory, builds the model and loads the newest checkpoint."""
-        check_batch(config, here)
+        check_batch(config, here.size)
         check_precision(config.train.precision, here.device)
         train_index, test_index = (open_split(config.data, name) for name in split_names(config))
         lock = run.take(config) if here.is_main else None
@@ -98,7 +100,10 @@ class Training:
                 set_aside(run.weights)  # of a run that is now made longer
         log.begin(state.step)
         model = here.parallel(state.model)
-        training = cls(config, run, here, lock, train_set, test_set, state, model, checkpoints, log)
+        num_steps, batch_size = count_steps(config, len(train_set)), config.train.batch_size
+        heart = Heartbeat(run.heartbeat, num_steps, batch_size, enabled=here.is_main)
+        training = cls(config, run, here, lock, train_set, test_set, state, model, checkpoints, log, heart)
+        training.beat("starting")
         if here.is_main:
             advice = advise(config.train.precision, here.device)
             print(*skipped, training.greeting(loaded), *([advice] if advice else []), sep="\n", flush=True)
@@ -121,6 +126,8 @@ class Training:
                 epoch = state.samples_seen // len(self.train_set)
                 self.step(images)
                 bar.advance(batch_size, self.log.note)
+                if self.heart.is_due():
+                    self.beat("training")
 
                 test_loss = None
                 if state.samples_seen // len(self.train_set) > epoch:
@@ -132,6 +139,7 @@ class Training:
                     self.checkpoints.save(state, test_loss, last=stopping or finished)
                 if stopping and not finished:
                     reason = stop.reason or "another process was told to"
+                    self.beat("stopped", reason)
                     bar.say(f"stopped after step {state.step} ({reason}); the same command goes on from there")
                     return False
         return True
@@ -256,6 +264,11 @@ class Training:
                 raise
             print(f"warning: no pictures of epoch {epoch} ({error.strerror}), training goes on", flush=True)
 
+    def beat(self, state: str, reason: str | None = None) -> None:
+        """Says where the run is, to whoever looks from outside."""
+        facts = {"loss_nats": self.log.loss_nats, "checkpoint_step": self.run.newest_step(), "reason": reason}
+        self.heart.beat(state, self.state.step, facts)
+
     def finish(self) -> None:
         """Exports the weights, with the curves and hyperparameters that belong to them."""
         config, state, run = self.config, self.state, self.run
@@ -265,6 +278,7 @@ class Training:
         sizes = {"num_train_images": len(self.train_set), "num_test_images": len(self.test_set)}
         write_json(run.path / "hyperparameters.json", hyperparameters(config, state.best_model) | sizes)
         save_vae(run.weights, state.best_model, config, step=state.step, samples_seen=state.samples_seen)
+        self.beat("finished")
         print(f"trained weights: {run.weights}", flush=True)
 
     def close(self) -> None:
@@ -301,20 +315,4 @@ def check_length(config: Config, state: TrainState, num_images: int) -> None:
         raise UserError(
             f"{config.run_dir} has done {state.step} steps, more than the {count_steps(config, num_images)} of "
             f"train.epochs={config.train.epochs}: ask for more epochs or name another run_dir"
-        )
-
-
-def check_batch(config: Config, here: World) -> None:
-    """Raises UserError where a batch can't be divided among the ranks and their micro-batches."""
-    batch_size, accumulate = config.train.batch_size, config.train.accumulate
-    if batch_size < here.size * accumulate:
-        raise UserError(
-            f"train.batch_size={batch_size} is less than one image for each of {here.size} processes x "
-            f"{accumulate} micro-batches; raise it or start fewer processes"
-        )
-    pixels = (config.data.image_size >> len(config.model.channels)) ** 2
-    if config.model.norm == "batch" and batch_size // (here.size * accumulate) * pixels < 2:
-        raise UserError(
-            f"train.batch_size={batch_size} leaves micro-batches of one image, whose smallest feature map is one "
-            "pixel, and batch norm needs two values; raise it or start fewer processes"
         )

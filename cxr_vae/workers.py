@@ -9,6 +9,16 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 
 
+def num_cores(num_processes: int = 1) -> int:
+    """Cores for this process: CXR_VAE_CORES where its launcher sets it (and may have bound it to them), else its share.
+
+    `num_processes` like this one share what this machine lets them use.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    told = os.environ.get("CXR_VAE_CORES", "")
+    return min(int(told), allowed) if told.isdigit() and int(told) else max(1, allowed // num_processes)
+
+
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Executor]:
     """A pool whose unstarted work is dropped when it is left, and whose processes never outlive this one.

@@ -1,100 +1,200 @@
-"""The `cxr-launch` command: the stages of `cxr-vae` as jobs, on this machine or on Slurm."""
+"""The `cxr-launch` command: the stages of `cxr-vae` as jobs, in Slurm's queue or on this machine."""
 
 import argparse
-import time
+import contextlib
+import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cxr_vae import __version__
 from cxr_vae.command_line import add_command, add_overrides, parse, run
-from cxr_vae.config import Config
-from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.errors import UserError
-from cxr_vae.files import write_atomically
 from cxr_vae.run_dir import RunDir
-from launch.clusters import Cluster, Local, Slurm
-from launch.stages import Stage, evaluate_stage, shard_stage, train_stage
+from launch import slurm
+from launch.logs import show
+from launch.records import Record, records_of
+from launch.status import OVER, as_json, look, runs_below, status_of, statuses, table
+
+STAGES = {
+    "shard": "Shards the folder of X-rays that a configuration names.",
+    "train": "Trains as a configuration says.",
+    "evaluate": "Evaluates the finished run of a configuration.",
+    "pipeline": "Shards, trains, evaluates and reports, each if the one before succeeded.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code, that of the first stage that failed."""
+    """Runs one command; returns its exit code."""
     arguments = parse(build_parser(), argv)
-    return run(launch, arguments, "cxr-launch")
+    return run(arguments.command, arguments, "cxr-launch")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="cxr-launch",
-        description="Starts the stages of cxr-vae as jobs, on this machine or on Slurm.",
-        epilog="Each command says more with --help. A stage that was broken off goes on when it is started again.",
+        description="The stages of cxr-vae as jobs, in Slurm's queue or on this machine.",
+        epilog="Each command says more with --help. What was broken off goes on when it is started again.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    texts = {
-        "train": "Trains as a configuration says.",
-        "evaluate": "Evaluates the finished run of a configuration.",
-        "pipeline": "Shards, trains, evaluates, in this order, and stops at the first stage that fails.",
-    }
-    for name, text in texts.items():
-        _add_stage(commands, name, text)
+    for name, text in STAGES.items():
+        example = f"cxr-launch {name} configs/reference.yaml train.epochs=10 --cluster local"
+        _add_submission(commands, name, text, example).set_defaults(command=submit, name=name)
+    _add_sweep(commands)
+    _add_status(commands)
+    _add_logs(commands)
+    _add_cancel(commands)
+    _add_doctor(commands)
     return parser
 
 
-def _add_stage(commands: Any, name: str, text: str) -> None:
-    example = f"cxr-launch {name} configs/reference.yaml train.epochs=10 --cluster local"
-    parser = add_command(commands, name, launch, text, example)
-    parser.set_defaults(name=name)
+def _add_submission(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, submit, text, example)
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
     add_overrides(parser)
-    parser.add_argument("--cluster", choices=("local", "slurm"), default="local", help="local: this machine, at once")
-    parser.add_argument("--dry-run", action="store_true", help="only print the commands or sbatch scripts")
+    _add_where(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="further sbatch options, as partition=gpu"
     )
+    return parser
 
 
-def launch(arguments: argparse.Namespace) -> int:
-    """Checks the configuration, then starts (or describes) the jobs."""
-    config = load_config(arguments.config, arguments.overrides)
-    run_dir = RunDir(Path(config.run_dir))
-    run_dir.check(config)  # before anything is queued
-    resolved = run_dir.jobs / f"{arguments.name}-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
-    stages = stages_of(arguments.name, config, resolved)
-    cluster = cluster_of(arguments, config, run_dir)
-    if arguments.dry_run:
-        print(cluster.describe(stages))
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "inline"),
+        help="slurm: its queue; local: this machine, in the background; inline: this terminal, until it is done "
+        "(default: slurm if a controller answers, else local)",
+    )
+    parser.add_argument("--profile", metavar="FILE", help="what the cluster gives, such as configs/cluster/….yaml")
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """`cxr-launch shard`, `train`, `evaluate` and `pipeline`."""
+    from launch.submission import Submission
+
+    return Submission.of(arguments).submit(arguments.name, dry_run=arguments.dry_run)
+
+
+def _add_sweep(commands: Any) -> None:
+    text = "Trains once for each combination of the values given, as a job array, each in a run directory of its own."
+    example = "cxr-launch sweep configs/reference.yaml lr=1e-3,1e-4 latent_dim=64,128"
+    parser = _add_submission(commands, "sweep", text, example)
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of lists of values by key")
+    parser.set_defaults(command=sweep)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """`cxr-launch sweep`."""
+    from launch.submission import sweep as submit_sweep
+
+    return submit_sweep(arguments)
+
+
+def _add_status(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "status",
+        status,
+        "Shows how runs and their jobs stand, from the files of the runs and Slurm's queue; exits with 1 where one "
+        "has failed.",
+        "cxr-launch status runs",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN", help="or a folder of runs")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """`cxr-launch status`."""
+    found = statuses(runs_below(arguments.runs))
+    print(json.dumps(as_json(found), indent=2) if arguments.json else table(found))
+    return 1 if any(one.state in ("failed", "vanished") for one in found) else 0
+
+
+def _add_logs(commands: Any) -> None:
+    parser = add_command(
+        commands, "logs", logs, "Shows what the jobs of a run print.", "cxr-launch logs runs/reference --follow"
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--stage", choices=tuple(STAGES)[:3], help="(default: the one that printed last)")
+    parser.add_argument("--follow", action="store_true", help="go on until the jobs of the run have ended")
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """`cxr-launch logs`."""
+    run_dir = runs_below([arguments.run])[0]
+
+    def is_over() -> bool:
+        return all(one.state in OVER for one in statuses([run_dir]))
+
+    for line in show(run_dir, arguments.stage, follow=arguments.follow, is_over=is_over):
+        print(line, flush=True)
+    return 0
+
+
+def _add_cancel(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "cancel",
+        cancel,
+        "Ends the jobs of runs for good. Training saves first, so that the same command goes on from there.",
+        "cxr-launch cancel runs/reference",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a folder of them")
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """`cxr-launch cancel`."""
+    living: list[tuple[RunDir, Record]] = []
+    for run_dir in runs_below(arguments.runs):
+        records = list(records_of(run_dir.jobs))
+        views = look(records)
+        living += [(run_dir, one) for one in records if status_of(run_dir, one, views).state not in OVER]
+    if not living:
+        print("nothing to cancel: no job of these runs is waiting or running")
         return 0
-    if arguments.name != "train" and config.evaluate.features == "inception":
-        from cxr_vae.inception_weights import require_weights
-
-        require_weights()  # a pipeline would find out only after the training
-    resolved.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(resolved, dump_config(config))  # what is edited while a job waits doesn't change it
-    code = cluster.run(stages)
-    if code == 0 and arguments.name != "train" and arguments.cluster == "local":
-        from cxr_vae.report import report
-
-        print(f"\n── summary ──\n{report(run_dir)}")
-    return code
+    for _, record in living:
+        record.mark_cancelled()  # all of them, before the end of one starts or stops another
+    trouble = end_jobs([record for _, record in living])
+    for run_dir, record in living:
+        print(f"{run_dir.path}: {record.stage} job {record.job} cancelled")
+    if trouble is not None:
+        raise UserError(f"Slurm says: {trouble}; the jobs won't start again, but may still run: try once more")
+    return 0
 
 
-def stages_of(name: str, config: Config, resolved: Path) -> list[Stage]:
-    """The stages of a command; sharding is left out where there is nothing to shard and shards are there."""
-    if name == "train":
-        return [train_stage(config, resolved)]
-    if name == "evaluate":
-        return [evaluate_stage(config)]
-    sharding = shard_stage(config)
-    return [*([sharding] if sharding else []), train_stage(config, resolved), evaluate_stage(config)]
+def end_jobs(records: Sequence[Record]) -> str | None:
+    """Tells them to leave; None, or what Slurm says against it."""
+    queued = [record.job for record in records if record.facts().get("cluster") == "slurm"]
+    for record in records:
+        if record.job not in queued:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(record.job), signal.SIGTERM)
+    return slurm.cancel(queued) if queued else None
 
 
-def cluster_of(arguments: argparse.Namespace, config: Config, run_dir: RunDir) -> Cluster:
-    """Where to run, as the command line says."""
-    sbatch = dict(item.partition("=")[::2] for item in arguments.sbatch)
-    if not all(sbatch.values()):
-        raise UserError("--sbatch takes KEY=VALUE, as in --sbatch partition=gpu")
-    if arguments.cluster == "local":
-        return Local(run_dir.jobs, config.resources)
-    return Slurm(run_dir.jobs, config.resources, sbatch)
+def _add_doctor(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "doctor",
+        doctor,
+        "Checks what a job needs, on this machine and on the cluster's nodes, and says what to do about what is amiss.",
+        "cxr-launch doctor --profile configs/cluster/gpu_modules.yaml --nodes 2",
+    )
+    _add_where(parser)
+    parser.add_argument("--nodes", type=int, default=1, help="nodes to try, in a job of a minute")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs"), help="where runs are to be, which all nodes must see"
+    )
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`cxr-launch doctor`."""
+    from launch.doctor import examine
+
+    return examine(arguments.cluster, arguments.profile, arguments.nodes, arguments.folder)

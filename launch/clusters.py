@@ -1,175 +1,322 @@
-"""Where jobs run: this machine, or Slurm; both through submitit."""
+"""Where jobs run: Slurm's queue, this machine in the background, or this terminal; the first two through submitit."""
 
+import contextlib
+import getpass
 import os
 import shlex
-import shutil
 import signal
+import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cxr_vae.config import ResourcesConfig
 from cxr_vae.errors import UserError
+from cxr_vae.run_dir import git_revision
+from launch import slurm
+from launch.profiles import Profile
+from launch.records import Record
 from launch.stages import Stage
+from launch.starters import Here, InSlurm
+from launch.supervisor import Supervisor
 
-POLL_SECONDS = 0.2
+YEAR_MIN = 365 * 24 * 60
+
+SETTLING_S = 1.5
+"""Until a job that was just queued has a reason for waiting."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What submitit pickles and calls where the job is: stages one after another, until one doesn't succeed."""
+
+    stages: tuple[Stage, ...]
+    in_slurm: bool
+    python: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+    margin_s: float = 0.0
+    keep_going: bool = False
+    """After one that fails, too."""
+    cuda_visible_devices: str | None = None
+    """Of the submitter: submitit's local executor hides the GPUs it wasn't told of."""
+
+    def __call__(self) -> None:
+        """Ends the process with the exit code of the stage that failed, which Slurm then shows as the job's."""
+        if not self.in_slurm:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if self.cuda_visible_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
+        code = self.run()
+        if code:
+            sys.stdout.flush()
+            os._exit(code)  # submitit would take SystemExit for success
+
+    def run(self, *, terminal: bool = False) -> int:
+        """The exit code of the first stage that doesn't succeed, or 0."""
+        first = 0
+        for stage in self.stages:
+            first = first or Supervisor(stage, self.starter(terminal=terminal), self.margin_s).run()
+            if first and not self.keep_going:
+                break
+        return first
+
+    def starter(self, *, terminal: bool = False) -> InSlurm | Here:
+        """How the ranks are started."""
+        return InSlurm(self.python, self.srun) if self.in_slurm else Here(on_terminal=terminal)
 
 
 class Cluster(ABC):
-    """Runs stages one after another, each only if the one before succeeded."""
+    """Takes chains of stages, in which each waits for the success of the one before."""
+
+    name = ""
 
     @abstractmethod
     def describe(self, stages: Sequence[Stage]) -> str:
-        """What `run` would start: commands or sbatch scripts."""
+        """What `submit` would submit, word for word as far as it can be known before."""
 
     @abstractmethod
-    def run(self, stages: Sequence[Stage]) -> int:
-        """Starts the stages; returns an exit code."""
+    def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
+        """Starts a chain and says where it is; returns an exit code."""
+
+    @abstractmethod
+    def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
+        """Starts stages that don't depend on one another, and after all of them, however they end, `table`."""
+
+    def record(self, stage: Stage, job: str, facts: dict[str, Any]) -> Record:
+        """Notes what was submitted, for `status` and for people who look years later."""
+        record = Record(stage.run_dir.jobs / f"{stage.name}-{job}")
+        who = {"user": getpass.getuser(), "host": socket.gethostname(), "git": git_revision(), "python": sys.executable}
+        what = {"nodes": stage.nodes, "ranks": stage.num_ranks, "arguments": ["cxr-vae", *stage.arguments]}
+        record.submitted({"cluster": self.name, "job": job, "stage": stage.name} | what | who | facts)
+        return record
+
+
+@dataclass
+class Inline(Cluster):
+    """This terminal: returns when the last stage has ended, and Ctrl-C stops it."""
+
+    name = "inline"
+
+    def describe(self, stages: Sequence[Stage]) -> str:
+        """The commands, which could be typed as well."""
+        return "\n".join(as_typed(stage) for stage in stages)
+
+    def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
+        """Runs them here."""
+        for stage in stages:
+            self.record(stage, str(os.getpid()), facts)
+            print(f"\n── {stage.name} ──", flush=True)
+            code = Job((stage,), in_slurm=False).run(terminal=True)
+            if code:
+                print(f"{stage.name} ended with exit code {code}", file=sys.stderr)
+                return code
+        return 0
+
+    def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
+        """One after another."""
+        codes = [self.submit([stage], facts) for stage in stages]
+        return max(codes) or self.submit([table], facts)
 
 
 @dataclass
 class Local(Cluster):
-    """Jobs on this machine, whose output appears on this terminal; returns when the last has ended."""
+    """This machine, in the background: returns at once, and the terminal may be closed."""
 
-    folder: Path
-    resources: ResourcesConfig
-    interrupted: bool = False
+    name = "local"
 
     def describe(self, stages: Sequence[Stage]) -> str:
         """The commands, which could be typed as well."""
-        return "\n".join(shlex.join(stage.command(stage.processes or 1)) for stage in stages)
+        return "\n".join(as_typed(stage) for stage in stages)
 
-    def run(self, stages: Sequence[Stage]) -> int:
-        """Runs each stage as a submitit job; stops at the first that fails and returns its exit code."""
+    def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
+        """One process for the chain."""
+        return self._submit(stages, facts, keep_going=False)
+
+    def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
+        """One after another, in one process."""
+        return self._submit([*stages, table], facts, keep_going=True)
+
+    def _submit(self, stages: Sequence[Stage], facts: dict[str, Any], *, keep_going: bool) -> int:
         import submitit
 
-        if self.resources.nodes > 1:
-            raise UserError(f"resources.nodes={self.resources.nodes}: this is one machine; --cluster slurm has several")
-        executor = submitit.LocalExecutor(self.folder)
-        executor.update_parameters(timeout_min=self.resources.hours * 60, stderr_to_stdout=True)
+        executor = submitit.LocalExecutor(stages[-1].run_dir.jobs / "submitit")
+        executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chain = Job(tuple(stages), in_slurm=False, keep_going=keep_going, cuda_visible_devices=gpus)
+        with detached():
+            job = executor.submit(chain)
         for stage in stages:
-            print(f"\n── {stage.name} ──", flush=True)
-            with _ignored(signal.SIGINT):  # Ctrl-C is for the stage, not for the processes submitit puts around it
-                job = executor.submit(replace(stage, launcher=os.getpid()))
-            code = self._follow(job)
-            if code:
-                how = "was interrupted" if self.interrupted else f"ended with exit code {code}"
-                print(f"{stage.name} {how}; its log: {job.paths.stdout}", file=sys.stderr)
-                return code
+            self.record(stage, job.job_id, facts)
+            print(f"{stage.name}: process {job.job_id}", flush=True)
         return 0
-
-    def _follow(self, job: Any) -> int:
-        """Prints the job's log as it grows until the job has ended; returns its exit code."""
-        log = Tail(job.paths.stdout)
-        while not job.done():
-            log.print_new()
-            try:
-                time.sleep(POLL_SECONDS)
-            except KeyboardInterrupt:
-                self.interrupted = True
-                print("interrupted: the stage saves what it has and leaves", file=sys.stderr, flush=True)
-        log.print_new()
-        return 1 if job.exception() else int(job.result())
 
 
 @dataclass
 class Slurm(Cluster):
-    """Jobs in Slurm's queue, each waiting for the one before; returns when they are queued."""
+    """Slurm's queue: returns when the jobs are queued, each waiting for the one before."""
 
-    folder: Path
-    resources: ResourcesConfig
-    sbatch: Mapping[str, str]
-    """Further sbatch parameters, such as partition and account."""
+    profile: Profile
+    options: dict[str, Any]
+    """Of sbatch, by long names; True for a bare one."""
+    minutes: int
+    gpu_options: dict[str, Any] = field(default_factory=dict)
+    """Those of the stages that compute."""
+    name = "slurm"
 
     def describe(self, stages: Sequence[Stage]) -> str:
-        """The sbatch scripts; of a dependency, the job id is known only when the job before is queued."""
+        """The sbatch scripts and the srun that each runs."""
         from submitit.slurm.slurm import _make_sbatch_string
 
         scripts = []
         for number, stage in enumerate(stages):
-            after = f"<job id of {stages[number - 1].name}>" if number else None
-            command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
-            script = _make_sbatch_string(command=command, folder=self.folder, **self.parameters(stage, after))
-            scripts.append(f"# {stage.name}: cxr-vae {shlex.join(stage.arguments)}\n{script}")
+            folder = stage.run_dir.jobs / "submitit"
+            after = f"afterok:<job id of {stages[number - 1].name}>" if number else None
+            command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+            script = _make_sbatch_string(command=command, folder=folder, **self.parameters(stage, after))
+            starter = InSlurm(*self.of_the_ranks())
+            srun = starter.command(stage, Path("<record>"), "<first node>", "<port>")
+            scripts.append(f"# {stage.name}\n{script}\n# … which runs on the nodes\n#   {shlex.join(srun)}\n")
         return "\n".join(scripts)
 
-    def run(self, stages: Sequence[Stage]) -> int:
-        """Queues the stages and says under which job ids."""
-        import submitit
-
-        if shutil.which("sbatch") is None:
-            raise UserError("there is no sbatch on this machine: run this on a login node, or use --cluster local")
-        after = None
-        for stage in stages:
-            executor = submitit.SlurmExecutor(self.folder)
-            executor.update_parameters(**self.parameters(stage, after))
-            try:
-                job = executor.submit(stage)
-            except submitit.core.utils.FailedJobError as error:
-                raise UserError(f"Slurm refuses the {stage.name} job: {str(error).strip().splitlines()[-1]}") from None
-            print(f"{stage.name}: job {job.job_id}, log {job.paths.stdout}", flush=True)
-            after = job.job_id
+    def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
+        """Queues the chain."""
+        after: str | None = None
+        queued: dict[str, Stage] = {}
+        try:
+            for stage in stages:
+                job = self.submit_one(stage, after)
+                queued[job] = stage
+                after = f"afterok:{job}"
+        except UserError:
+            slurm.cancel(list(queued))  # all of a chain, or nothing
+            raise
+        for job, stage in queued.items():
+            self.record(stage, job, facts)
+            print(f"{stage.name}: job {job}", flush=True)
+        warn_of_waiting(list(queued))
         return 0
 
+    def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
+        """A job array, and a job for the table that waits until all of it has ended."""
+        executor = self._executor(table.run_dir.jobs / "submitit", stages[0], None)
+        more = executor.parameters["additional_parameters"]
+        more["output"] = str(table.run_dir.logs.absolute() / f"{table.run.name}-train-%A_%a-job.log")
+        executor.update_parameters(job_name=f"{table.run.name}-train", additional_parameters=more)
+        jobs = []
+        with slurms_words(stages[0]), executor.batch():
+            jobs += [executor.submit(self.job([stage])) for stage in stages]
+        for stage, job in zip(stages, jobs, strict=True):
+            self.record(stage, job.job_id, facts)
+            print(f"{stage.run}: job {job.job_id}", flush=True)
+        array = jobs[0].job_id.partition("_")[0]
+        last = self.submit_one(table, f"afterany:{array}")
+        self.record(table, last, facts)
+        print(f"{table.name}: job {last}", flush=True)
+        warn_of_waiting([job.job_id for job in jobs])
+        return 0
+
+    def job(self, stages: Sequence[Stage]) -> Job:
+        """What the queued job runs."""
+        margin = min(self.profile.signal_delay_s + 60, 45 * self.minutes)  # Slurm signals up to a minute early
+        return Job(tuple(stages), True, *self.of_the_ranks(), margin)
+
+    def of_the_ranks(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Their Python's command and srun's further options."""
+        return tuple(os.path.expandvars(word) for word in self.profile.python), tuple(self.profile.srun)
+
     def parameters(self, stage: Stage, after: str | None) -> dict[str, Any]:
-        """Of submitit's SlurmExecutor: one task a rank; sharding is one task with all the cores."""
-        resources = self.resources
-        ranks = resources.processes_per_node or resources.gpus_per_node or 1
-        alone = stage.name == "shard"
-        tasks, cpus = (1, ranks * resources.cpus_per_process) if alone else (ranks, resources.cpus_per_process)
-        parameters: dict[str, Any] = {
-            "job_name": f"cxr-{stage.name}",
-            "nodes": resources.nodes if stage.name == "train" else 1,
-            "ntasks_per_node": tasks,
-            "cpus_per_task": cpus,
-            "time": round(resources.hours * 60),
-            "stderr_to_stdout": True,
-            # From Slurm 22.05 on srun doesn't take over --cpus-per-task; one dead rank ends the others.
-            "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
-            "additional_parameters": dict(self.sbatch),
-        }
-        if resources.gpus_per_node and not alone:
-            parameters["gpus_per_node"] = resources.gpus_per_node
-        if resources.memory_gb:
-            parameters["mem"] = f"{resources.memory_gb}GB"
+        """Of submitit's SlurmExecutor."""
+        more = self.options | (self.gpu_options if stage.name in ("train", "evaluate") else {})
+        # A job may come back after it was cut off, into the same log.
+        more |= {"requeue": True, "output": f"{stage.run_dir.logs.absolute()}/{stage.log_name}-job.log"}
         if after:
-            parameters["dependency"] = f"afterok:{after}"
-            parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
-        return parameters
+            more |= {"dependency": after, "kill-on-invalid-dep": "yes"}
+        return {
+            "job_name": f"{stage.run.name}-{stage.name}",
+            "nodes": stage.nodes,
+            "ntasks_per_node": stage.ranks_per_node,
+            "cpus_per_task": stage.cpus_per_rank,
+            "time": self.minutes,
+            "signal_delay_s": self.profile.signal_delay_s,
+            "stderr_to_stdout": True,
+            # Slurm signals the ranks; what is for the batch shell alone must not end the supervisor below it.
+            "setup": ["trap : USR1 USR2 TERM", *self.profile.setup],
+            "use_srun": False,  # the supervisor runs srun
+            "additional_parameters": more,
+        }
+
+    def submit_one(self, stage: Stage, after: str | None = None) -> str:
+        """Queues one job; returns its id."""
+        with slurms_words(stage):
+            job = self._executor(stage.run_dir.jobs / "submitit", stage, after).submit(self.job([stage]))
+        return str(job.job_id)
+
+    def _executor(self, folder: Path, stage: Stage, after: str | None) -> Any:
+        import submitit
+
+        if not slurm.controller_answers():
+            raise UserError("no Slurm controller answers here: run this on a login node, or use --cluster local")
+        for directory in (stage.run_dir.logs, folder.parent.parent / "logs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        executor = submitit.SlurmExecutor(folder)
+        executor.update_parameters(**self.parameters(stage, after))
+        return executor
 
 
-@contextmanager
-def _ignored(number: signal.Signals) -> Iterator[None]:
-    """A signal is ignored meanwhile, and by the processes started meanwhile."""
-    previous = signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def slurms_words(stage: Stage) -> Iterator[None]:
+    """What Slurm refuses is told as Slurm says it; the job's surroundings are not those of a job we are in."""
+    import submitit
+
+    inside = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")
+    hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith(inside) and key != "SLURM_CONF"}
+    try:
+        yield
+    except submitit.core.utils.FailedJobError as error:
+        lines = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()
+        raise UserError(f"Slurm refuses the {stage.name} job: {' '.join(line.strip() for line in lines)}") from None
+    finally:
+        os.environ.update(hidden)
+
+
+def warn_of_waiting(jobs: Sequence[str]) -> None:
+    """Says so where Slurm would let a job wait for ever, with its own reason."""
+    time.sleep(SETTLING_S)
+    queue = slurm.queue() or {}
+    for job in jobs:
+        if job in queue and queue[job].may_wait_for_ever:
+            print(
+                f"warning: job {job} may wait for ever, Slurm says {queue[job].reason}: ask for less, or for another "
+                f"partition; `scancel {job}` ends it",
+                file=sys.stderr,
+            )
+
+
+def as_typed(stage: Stage) -> str:
+    """The command of a stage on one machine, as one would type it."""
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.num_ranks}"]
+    return shlex.join([sys.executable, *(many if stage.num_ranks > 1 else []), "-m", "cxr_vae", *stage.arguments])
+
+
+@contextlib.contextmanager
+def detached() -> Iterator[None]:
+    """What is started meanwhile outlives this terminal: no signal of it, and nothing of it to read or write."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    sys.stdout.flush()
+    kept = [os.dup(stream) for stream in (0, 1, 2)]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
     try:
         yield
     finally:
-        signal.signal(number, previous)
-
-
-@dataclass
-class Tail:
-    """A log file that grows while it is read."""
-
-    path: Path
-    position: int = 0
-    rest: str = field(default="", repr=False)
-
-    def print_new(self) -> None:
-        """Prints the whole lines that came since the last call, without submitit's own."""
-        if not self.path.is_file():
-            return
-        with self.path.open(errors="replace") as file:
-            file.seek(self.position)
-            text = self.rest + file.read()
-            self.position = file.tell()
-        *lines, self.rest = text.split("\n")
-        for line in lines:
-            if not line.startswith("submitit "):
-                print(line, flush=True)
+        for stream, copy in enumerate(kept):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nothing)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,123 +1,103 @@
-"""What a job does: the command line of one stage, and how its processes are started where the job runs."""
+"""What the jobs do: each stage as a command line of `cxr-vae`, with what it needs and how far it is."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_vae.config import Config
 from cxr_vae.errors import UserError
 from cxr_vae.index import MANIFEST
+from cxr_vae.run_dir import RunDir
 
-
-class StageFailedError(RuntimeError):
-    """A stage ended with another exit code than 0; on Slurm this fails the job, so that what waits for it knows."""
+UNITS = {"shard": "tars", "train": "steps", "evaluate": "pictures", "report": "pages"}
+"""What a stage's progress is counted in."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as a picklable job: `cxr-vae` with `arguments`, in as many processes as asked for."""
+    """One stage: `cxr-vae` with `arguments` in `nodes` x `ranks_per_node` processes."""
 
     name: str
     arguments: tuple[str, ...]
-    processes: int | None = 1
-    """A machine; None: one a GPU, or one."""
-    cuda_visible_devices: str | None = None
-    """Of the submitter: submitit's local executor hides the GPUs it wasn't told of."""
-    launcher: int = 0
-    """Process that shows this job to a person on this machine; the job ends with it. 0: none."""
+    run: Path
+    """The run directory it belongs to."""
+    output: Path
+    """Where its progress shows."""
+    nodes: int = 1
+    ranks_per_node: int = 1
+    cpus_per_rank: int = 1
+    """0: this rank's share of what the machine lets it use."""
 
-    def __call__(self) -> int:
-        """Runs inside the job: one rank of it on Slurm; on this machine, all of them under torchrun."""
-        if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
-            return self.run_all_ranks()
-        code = self.run_as_rank()
-        if code:
-            raise StageFailedError(f"{self.name} ended with exit code {code}")
-        return code
+    @property
+    def run_dir(self) -> RunDir:
+        """The run it belongs to."""
+        return RunDir(self.run)
 
-    def run_as_rank(self) -> int:
-        """Slurm started one task a rank: says so in torchrun's variables, then runs the stage in this process."""
-        from submitit.helpers import TorchDistributedEnvironment
+    @property
+    def num_ranks(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.ranks_per_node
 
-        from cxr_vae.cli import main
+    @property
+    def log_name(self) -> str:
+        """What the names of its logs begin with."""
+        return f"{self.run.name}-{self.name}"
 
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        return main(self.arguments)
+    def progress(self) -> int:
+        """A number that grows when the stage is brought on, by whatever an interruption doesn't take away."""
+        if self.name == "train":
+            return self.run_dir.newest_step()
+        if self.name == "shard":
+            return len(list(self.output.glob("*.tar"))) + (self.output / MANIFEST).exists()
+        return sum(1 for path in self.output.rglob("*.png") if path.stat().st_size)
 
-    def run_all_ranks(self) -> int:
-        """Runs the command and returns its exit code; passes TERM on to it, also when the launcher is gone."""
-        environment = dict(os.environ)
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-        if self.cuda_visible_devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
-        processes = self.processes or _count_gpus(environment) or 1
-        # torchrun would set 1 thread a process, with a warning; the stages set their own number again.
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
-        # Ctrl-C reaches the command from the terminal; a handler that does nothing isn't inherited by it.
-        signal.signal(signal.SIGINT, lambda number, frame: None)
-        with subprocess.Popen(self.command(processes), env=environment) as child:
-            signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
-            while child.poll() is None:
-                if self.launcher and not _is_alive(self.launcher):
-                    child.terminate()
-                    child.wait()
-                time.sleep(0.2)
-        return child.returncode
-
-    def command(self, processes: int) -> list[str]:
-        """What is typed by hand to the same effect."""
-        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-        return [sys.executable, *many, "-m", "cxr_vae", *self.arguments]
+    def describe_progress(self) -> str:
+        """`500 steps`."""
+        return f"{self.progress()} {UNITS[self.name]}"
 
 
-def _count_gpus(environment: dict[str, str]) -> int:
-    """GPUs a process with this environment sees; asked in another process, since torch looks only once."""
-    code = "import torch; print(torch.cuda.device_count())"
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return int(answer.stdout)
+def stages_of(name: str, config: Config, resolved: Path, resources: "Shape") -> list[Stage]:
+    """The stages of a command; sharding is left out where there is nothing to shard and shards are there."""
+    run = Path(config.run_dir)
+    size = (resources.ranks_per_node, resources.cpus_per_rank)
+    train = Stage("train", ("train", str(resolved)), run, run, resources.nodes, *size)
+    evaluate = Stage("evaluate", evaluate_arguments(config), run, run / "evaluation", 1, *size)
+    if name in ("train", "evaluate"):
+        return [train if name == "train" else evaluate]
+    sharding = shard_stage(config, resources)
+    if name == "shard":
+        if sharding is None:
+            raise UserError(f"data.shards={config.data.shards} is there and data.source is not set: nothing to shard")
+        return [sharding]
+    report = Stage("report", ("report", str(run)), run, run / "report")
+    return [*([sharding] if sharding else []), train, evaluate, report]
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+@dataclass(frozen=True)
+class Shape:
+    """How many processes of which size."""
+
+    nodes: int
+    ranks_per_node: int
+    cpus_per_rank: int
 
 
-def shard_stage(config: Config) -> Stage | None:
+def shard_stage(config: Config, resources: Shape) -> Stage | None:
     """Sharding as the configuration says; None where there is no source but the shards are there."""
-    data = config.data
+    data, shards = config.data, Path(config.data.shards)
     if data.source is None:
-        if (Path(data.shards) / MANIFEST).is_file():
+        if (shards / MANIFEST).is_file():
             return None
         raise UserError(f"data.shards={data.shards} holds no shards and data.source is not set: name a folder")
     arguments = ["shard", data.source, data.shards, f"--image-size={data.image_size}", f"--fit={data.fit}"]
     arguments += [f"--format={data.format}", f"--max-rejected={data.max_rejected}"]
-    return Stage("shard", (*arguments, *([f"--workers={data.workers}"] if data.workers else [])))
+    arguments += [f"--workers={data.workers}"] if data.workers else []
+    cores = resources.ranks_per_node * resources.cpus_per_rank  # one process with all of a machine's ranks'
+    return Stage("shard", tuple(arguments), Path(config.run_dir), shards, cpus_per_rank=cores)
 
 
-def train_stage(config: Config, config_path: Path) -> Stage:
-    """Training with the resolved configuration at `config_path`."""
-    return _stage(config, "train", str(config_path))
-
-
-def evaluate_stage(config: Config) -> Stage:
-    """Evaluation of the run with the configuration's options for it."""
-    options = [f"evaluate.{name}={value}" for name, value in config.evaluate.model_dump().items()]
-    options += [f"device={config.device}", f"data.shards={config.data.shards}"]
-    return _stage(config, "evaluate", config.run_dir, *options)
-
-
-def _stage(config: Config, *arguments: str) -> Stage:
-    resources = config.resources
-    return Stage(
-        arguments[0],
-        arguments,
-        resources.processes_per_node or resources.gpus_per_node or None,
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
-    )
+def evaluate_arguments(config: Config) -> tuple[str, ...]:
+    """Of the evaluation of the run with the configuration's options for it."""
+    options: Mapping[str, object] = config.evaluate.model_dump()
+    settings = [f"evaluate.{name}={value}" for name, value in options.items()]
+    return ("evaluate", config.run_dir, *settings, f"device={config.device}", f"data.shards={config.data.shards}")

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -6,13 +7,25 @@ import sys
 import time
 from pathlib import Path
 
-from cxr_vae.checkpoint import published
-from cxr_vae.config_file import load_config
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment
+import psutil
+import pytest
+
+from cxr_vae.config_file import dump_config, load_config
+from cxr_vae.manifest import published
+from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, with_patch
 
 
-def launch(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return cxr_vae(*arguments, program="cxr-launch")
+def launch(*arguments: object, cluster: str = "inline") -> "subprocess.CompletedProcess[str]":
+    return cxr_vae(*arguments, f"--cluster={cluster}", program="cxr-launch")
+
+
+def ask(*arguments: object) -> str:
+    return cxr_vae(*arguments, program="cxr-launch").stdout
+
+
+def states(run: Path) -> dict[str, dict]:
+    """By stage."""
+    return {one["stage"]: one for one in json.loads(ask("status", run, "--json"))}
 
 
 def options(source: Path, out: Path, *more: str) -> list[str]:
@@ -22,66 +35,11 @@ def options(source: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_pipeline_on_this_machine_runs_every_stage_and_then_finds_it_done(source: Path, tmp_path: Path) -> None:
-    first = launch("pipeline", *options(source, tmp_path))
-    assert first.returncode == 0, first.stdout + first.stderr
-    stages = [line for line in first.stdout.splitlines() if line.startswith("──")]
-    assert stages == ["── shard ──", "── train ──", "── evaluate ──", "── summary ──"]
-    assert "2 processes on cpu" in first.stdout
-    assert "submitit" not in first.stdout
-    for made in ("vae_final.safetensors", "evaluation/evaluation_results.json", "samples/epoch_0002.png"):
-        assert (tmp_path / "run" / made).is_file()
-        assert made in first.stdout or made.startswith("evaluation")
-    before = (tmp_path / "run" / "vae_final.safetensors").read_bytes()
-    again = launch("pipeline", *options(source, tmp_path))
-    assert again.returncode == 0, again.stderr
-    assert "going on from step-0000000010" in again.stdout
-    assert "already evaluated so" in again.stdout
-    assert (tmp_path / "run" / "vae_final.safetensors").read_bytes() == before
-
-
-def test_pipeline_stops_at_the_first_stage_that_fails(source: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(source, tmp_path / "source")
-    for path in list((broken / "train" / "NORMAL").iterdir())[:10]:
-        path.write_text("no image")
-    result = launch("pipeline", *options(broken, tmp_path))
-    assert result.returncode == 2
-    assert "images can't be read" in result.stdout
-    assert "── train ──" not in result.stdout
-    assert "shard ended with exit code 2; its log: " in result.stderr
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(source: Path, tmp_path: Path) -> None:
-    call = command("cxr-launch", "pipeline", *options(source, tmp_path, "epochs=400", "checkpoint.every_steps=1000"))
-    process = subprocess.Popen(
-        call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
-    os.killpg(process.pid, signal.SIGINT)  # to every process in the foreground, as a terminal does
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "interrupted" in out
-    saved = published(tmp_path / "run" / "checkpoints")
-    step = int(saved[0].name.rpartition("-")[2])
-    assert f"stopped after step {step} (SIGINT)" in out
-    wait_until(lambda: not processes_of(process.pid))
-    longer = launch("pipeline", *options(source, tmp_path, f"epochs={step // 5 + 2}"))
-    assert longer.returncode == 0, longer.stdout
-    assert f"going on from {saved[0].name}" in longer.stdout
-
-
-def test_a_killed_launcher_takes_its_jobs_along(source: Path, tmp_path: Path) -> None:
-    call = command("cxr-launch", "pipeline", *options(source, tmp_path, "epochs=400", "checkpoint.every_steps=1000"))
-    process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5)
-    assert len(processes_of(process.pid)) > 3
-    process.kill()
-    process.wait()
-    wait_until(lambda: not processes_of(process.pid))
-    assert list((tmp_path / "run" / "checkpoints").iterdir())  # the ranks were asked, not killed
+def trainings(shards: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("configs/reference.yaml", *TINY, "processes_per_node=2", "checkpoint.every_steps=1000"),
+        *(f"data.shards={shards}", f"run_dir={out / 'run'}", *more),
+    ]
 
 
 def wait_until(condition, seconds: float = 90) -> None:
@@ -91,53 +49,177 @@ def wait_until(condition, seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-def processes_of(session: int) -> list[int]:
-    """The living processes of a session, zombies left out."""
+def num_lines(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def processes_of(run: Path, what: str = "") -> list[psutil.Process]:
+    """Those that have the run directory, and `what`, among their arguments."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if any(str(run) in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found += [process] if not what or what in words else []
     return found
 
 
-def test_dry_run_prints_the_commands_and_starts_nothing(source: Path, tmp_path: Path) -> None:
-    result = launch("pipeline", *options(source, tmp_path), "--dry-run")
-    assert result.returncode == 0, result.stderr
-    shard, train, evaluate = result.stdout.splitlines()
-    assert f"{sys.executable} -m cxr_vae shard {source} {tmp_path / 'shards'} --image-size=32" in shard
-    assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m cxr_vae train" in train
-    assert "-m cxr_vae evaluate" in evaluate
-    assert "evaluate.num_generated=20" in evaluate
-    assert list(tmp_path.iterdir()) == []
+class TestInline:
+    """On this terminal."""
+
+    def test_a_pipeline_runs_every_stage_and_then_finds_it_done(self, source: Path, tmp_path: Path) -> None:
+        first = launch("pipeline", *options(source, tmp_path))
+        assert first.returncode == 0, first.stdout + first.stderr
+        stages = [line for line in first.stdout.splitlines() if line.startswith("──")]
+        assert stages == ["── shard ──", "── train ──", "── evaluate ──", "── report ──"]
+        assert "2 processes on cpu" in first.stdout
+        for made in ("vae_final.safetensors", "evaluation/evaluation_results.json", "samples/epoch_0002.png"):
+            assert (tmp_path / "run" / made).is_file()
+            assert made in first.stdout
+        assert {one["state"] for one in states(tmp_path / "run").values()} == {"done"}
+        before = (tmp_path / "run" / "vae_final.safetensors").read_bytes()
+        again = launch("pipeline", *options(source, tmp_path))
+        assert again.returncode == 0, again.stderr
+        assert "going on from step-0000000010" in again.stdout
+        assert "already evaluated so" in again.stdout
+        assert (tmp_path / "run" / "vae_final.safetensors").read_bytes() == before
+
+    def test_it_stops_at_the_first_stage_that_fails(self, source: Path, tmp_path: Path) -> None:
+        broken = shutil.copytree(source, tmp_path / "source")
+        for path in list((broken / "train" / "NORMAL").iterdir())[:10]:
+            path.write_text("no image")
+        result = launch("pipeline", *options(broken, tmp_path))
+        assert result.returncode == 2
+        assert "images can't be read" in result.stderr
+        assert "── train ──" not in result.stdout
+        assert "shard ended with exit code 2" in result.stderr
+        assert not (tmp_path / "run" / "config.yaml").exists()
+        assert states(tmp_path / "run")["shard"]["state"] == "failed"
+
+    def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(self, shards: Path, tmp_path: Path) -> None:
+        call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=400"), "--cluster=inline")
+        process = subprocess.Popen(
+            call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        wait_until(lambda: num_lines(tmp_path / "run") > 20)
+        os.killpg(process.pid, signal.SIGINT)  # to every process in the foreground, as a terminal does
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 75
+        saved = published(tmp_path / "run" / "checkpoints")
+        step = int(saved[0].name.rpartition("-")[2])
+        assert f"stopped after step {step} (SIGINT)" in out
+        assert "start it again to go on" in out
+        wait_until(lambda: not processes_of(tmp_path / "run"))
+        longer = launch("train", *trainings(shards, tmp_path, f"epochs={step // 5 + 2}"))
+        assert longer.returncode == 0, longer.stdout
+        assert f"going on from {saved[0].name}" in longer.stdout
+
+    def test_a_killed_launcher_takes_its_ranks_along(self, shards: Path, tmp_path: Path) -> None:
+        call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=400"), "--cluster=inline")
+        process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+        wait_until(lambda: num_lines(tmp_path / "run") > 5)
+        assert len(processes_of(tmp_path / "run")) > 3
+        process.kill()
+        process.wait()
+        wait_until(lambda: not processes_of(tmp_path / "run"))
+        assert published(tmp_path / "run" / "checkpoints")  # the ranks were asked, not killed
 
 
-def test_slurm_dry_run_prints_the_sbatch_scripts_in_order(source: Path, tmp_path: Path) -> None:
-    asked = ["nodes=2", "gpus_per_node=4", "processes_per_node=null", "cpus_per_process=8", "memory_gb=64", "hours=2"]
-    result = launch(
-        "pipeline", *options(source, tmp_path, *asked), "--cluster", "slurm", "--dry-run", "--sbatch", "qos=a"
-    )
-    assert result.returncode == 0, result.stderr
-    shard, train, evaluate = ("#!/bin/bash" + script for script in result.stdout.split("#!/bin/bash")[1:])
-    for script in (shard, train, evaluate):
-        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-        assert "#SBATCH --qos=a" in script
-        assert "#SBATCH --time=120" in script
-        assert "--kill-on-bad-exit=1" in script
-    assert "--nodes=1" in shard
-    assert "--gpus-per-node" not in shard
-    assert "--cpus-per-task=32" in shard  # one task with the cores of a machine's ranks
-    for option in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8", "--mem=64GB"):
-        assert f"#SBATCH {option}\n" in train
-    assert "afterok:<job id of shard>" in train
-    assert "kill-on-invalid-dep=yes" in train
-    assert "afterok:<job id of train>" in evaluate
-    assert "#SBATCH --nodes=1" in evaluate
-    assert list(tmp_path.iterdir()) == []
+class TestLocal:
+    """In the background of this machine."""
+
+    def test_a_killed_rank_is_started_again_and_the_end_is_the_same(self, shards: Path, tmp_path: Path) -> None:
+        run, told = tmp_path / "run", trainings(shards, tmp_path, "epochs=60", "checkpoint.every_steps=7")
+        queued = launch("train", *told, cluster="local")
+        assert queued.returncode == 0, queued.stderr
+        assert f"cxr-launch status {run}" in queued.stdout
+        wait_until(lambda: num_lines(run) > 30)
+        processes_of(run, "cxr_vae")[0].kill()
+        running = states(run)["train"]  # with the next attempt under way
+        assert (running["state"], running["num_steps"]) == ("running", 300)
+        twice = launch("train", *told, cluster="local")
+        check_sentence(twice, "has a train job already", f"cxr-launch cancel {run}", program="cxr-launch")
+        followed = ask("logs", run, "--follow")
+        assert "trained weights:" in followed
+        assert followed.count("steps of 14 images") == 2
+        status = states(run)["train"]
+        assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 300)
+        undisturbed = trainings(shards, tmp_path / "other", "epochs=60", "checkpoint.every_steps=7")
+        assert launch("train", *undisturbed).returncode == 0
+        assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "other/run/metrics.jsonl").read_bytes()
+
+    def test_cancel_lets_it_save_and_ends_it(self, shards: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        launch("train", *trainings(shards, tmp_path, "epochs=400"), cluster="local")
+        wait_until(lambda: num_lines(run) > 5)
+        assert "train job" in ask("cancel", run)
+        wait_until(lambda: not processes_of(run))
+        assert published(run / "checkpoints")
+        assert states(run)["train"]["state"] == "cancelled"
+        assert "nothing to cancel" in ask("cancel", run)
+
+    def test_a_bug_is_not_tried_for_ever(self, shards: Path, tmp_path: Path) -> None:
+        code = (
+            "import cxr_vae.losses\ndef bug(*_): raise ZeroDivisionError('a bug')\ncxr_vae.losses.negative_elbo = bug\n"
+        )
+        told = trainings(shards, tmp_path, "processes_per_node=1")
+        result = subprocess.run(
+            command("cxr-launch", "train", *told, "--cluster=inline"),
+            env=with_patch(tmp_path, code),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 1
+        assert result.stderr.count("ZeroDivisionError: a bug") == 2
+        status = states(tmp_path / "run")["train"]
+        assert (status["state"], status["attempt"]) == ("failed", 2)
+        assert "2 times in a row without progress" in status["why"]
+
+
+class TestDryRun:
+    """Says what would be done, and does nothing."""
+
+    def test_on_this_machine_it_prints_the_commands(self, source: Path, tmp_path: Path) -> None:
+        result = launch("pipeline", *options(source, tmp_path), "--dry-run")
+        assert result.returncode == 0, result.stderr
+        shard, train, evaluate, report = result.stdout.splitlines()
+        assert f"{sys.executable} -m cxr_vae shard {source} {tmp_path / 'shards'} --image-size=32" in shard
+        assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m cxr_vae train" in train
+        assert "-m cxr_vae evaluate" in evaluate
+        assert "evaluate.num_generated=20" in evaluate
+        assert report.endswith(f"-m cxr_vae report {tmp_path / 'run'}")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_for_slurm_it_prints_the_scripts_in_order(self, source: Path, tmp_path: Path) -> None:
+        asked = ["nodes=2", "gpus_per_node=4", "processes_per_node=null", "memory_gb=64", "hours=2"]
+        (tmp_path / "cluster.yaml").write_text(
+            "max_nodes: 2\ngpus_per_node: 4\ncpus_per_node: 32\nqos: a\nsetup: [module load x]\n"
+            "gpu_option: gres=gpu:a100:{gpus}\nshared_disks: true\nsrun: [--mpi=none]\n"
+        )
+        told = [*options(source, tmp_path, *asked), "--profile", tmp_path / "cluster.yaml", "--sbatch", "comment=x"]
+        result = launch("pipeline", *told, "--dry-run", cluster="slurm")
+        assert result.returncode == 0, result.stderr
+        scripts = ["#!/bin/bash" + script for script in result.stdout.split("#!/bin/bash")[1:]]
+        shard, train, evaluate, report = scripts
+        for script in scripts:
+            assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+            for option in ("--qos=a", "--comment=x", "--time=120", "--mem=64G", "--requeue", "--signal=USR2@120"):
+                assert f"#SBATCH {option}\n" in script
+            assert "module load x\n" in script
+            assert "--kill-on-bad-exit=1" in script
+        assert "--nodes=1" in shard
+        assert "gres" not in shard + report
+        assert "--cpus-per-task=32" in shard  # one task with the cores of a machine's ranks
+        for option in ("--nodes=2", "--ntasks-per-node=4", "--gres=gpu:a100:4", "--cpus-per-task=8"):
+            assert f"#SBATCH {option}\n" in train
+        for option in ("--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "--mpi=none"):
+            assert option in train.partition("#   srun ")[2]
+        assert "afterok:<job id of shard>" in train
+        assert "kill-on-invalid-dep=yes" in train
+        assert "afterok:<job id of train>" in evaluate
+        assert "#SBATCH --nodes=1" in evaluate
+        assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
 
 
 class TestMistakes:
@@ -148,15 +230,23 @@ class TestMistakes:
         check_sentence(result, "did you mean train.epochs?", program="cxr-launch")
         assert list(tmp_path.iterdir()) == []
 
-    def test_slurm_where_there_is_none(self, source: Path, tmp_path: Path) -> None:
+    def test_slurm_where_there_is_none(self, shards: Path, tmp_path: Path) -> None:
+        (tmp_path / "cluster.yaml").write_text("shared_disks: true")
+        where = ["--cluster=slurm", f"--profile={tmp_path / 'cluster.yaml'}"]
+        told = ["configs/reference.yaml", *TINY, f"data.shards={shards}", f"run_dir={tmp_path / 'run'}", *where]
         result = subprocess.run(
-            command("cxr-launch", "train", *options(source, tmp_path), "--cluster", "slurm"),
-            env=environment(PATH=str(tmp_path)),
+            command("cxr-launch", "train", *told),
+            env=environment(PATH="/nowhere"),
             capture_output=True,
             text=True,
             check=False,
         )
-        check_sentence(result, "no sbatch on this machine", program="cxr-launch")
+        check_sentence(result, "no Slurm controller answers", program="cxr-launch")
+
+    def test_a_run_on_a_disk_the_nodes_do_not_see(self, shards: Path) -> None:
+        told = ["configs/reference.yaml", f"data.shards={shards}", "run_dir=/dev/shm/run"]
+        result = launch("train", *told, cluster="slurm")
+        check_sentence(result, "/dev/shm/run is on a disk of this machine only", "shared_disks", program="cxr-launch")
 
     def test_several_nodes_on_one_machine(self, source: Path, tmp_path: Path) -> None:
         result = launch("train", *options(source, tmp_path, "nodes=2"))
@@ -164,7 +254,7 @@ class TestMistakes:
 
     def test_a_pipeline_that_would_lack_the_inception_weights_at_its_end(self, source: Path, tmp_path: Path) -> None:
         result = subprocess.run(
-            command("cxr-launch", "pipeline", *options(source, tmp_path, "features=inception")),
+            command("cxr-launch", "pipeline", *options(source, tmp_path, "features=inception"), "--cluster=inline"),
             env=environment(TORCH_HOME=str(tmp_path / "cache")),
             capture_output=True,
             text=True,
@@ -177,11 +267,27 @@ class TestMistakes:
         result = launch("pipeline", "configs/reference.yaml", f"data.shards={tmp_path}", f"run_dir={tmp_path / 'r'}")
         check_sentence(result, "data.source is not set", program="cxr-launch")
 
+    def test_no_shards_to_train_on(self, tmp_path: Path) -> None:
+        result = launch("train", "configs/reference.yaml", f"data.shards={tmp_path}", f"run_dir={tmp_path / 'r'}")
+        check_sentence(result, "holds no shards", "cxr-launch shard", program="cxr-launch")
+
+    def test_a_batch_too_small_for_its_ranks(self, shards: Path, tmp_path: Path) -> None:
+        result = launch("train", *trainings(shards, tmp_path, "batch_size=2", "processes_per_node=4"))
+        check_sentence(result, "less than one image for each of 4 processes", program="cxr-launch")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_evaluation_without_weights(self, shards: Path, tmp_path: Path) -> None:
+        result = launch("evaluate", *trainings(shards, tmp_path))
+        check_sentence(result, "no trained weights", program="cxr-launch")
+
     def test_a_run_of_another_configuration(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         config = load_config("configs/reference.yaml", [*TINY, "latent_dim=9"])
-        from cxr_vae.config_file import dump_config
-
         (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
         result = launch("train", *options(source, tmp_path))
         check_sentence(result, "model.latent_dim: 9 → 4", program="cxr-launch")
+
+    @pytest.mark.parametrize("name", ["status", "logs", "cancel"])
+    def test_no_run(self, tmp_path: Path, name: str) -> None:
+        result = cxr_vae(name, tmp_path, program="cxr-launch")
+        check_sentence(result, f"no run in {tmp_path}", program="cxr-launch")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     ["errors"],
-    ["config", "files", "console", "workers", "locks"],
+    ["config", "files", "console", "workers", "locks", "heartbeat"],
     ["config_file"],
     ["distributed", "noise", "precision", "schedules", "stopping"],
     ["phantom_shapes"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["shards", "stream", "dataset"],
     ["losses"],
     ["models"],
-    ["guard", "state", "export", "pictures", "run_dir", "manifest"],
+    ["guard", "state", "export", "pictures", "manifest", "run_dir"],
     ["parts"],
     ["checkpoint", "run_log", "validation"],
     ["checkpoint_list", "run_export"],

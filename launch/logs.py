@@ -1,0 +1,67 @@
+"""What the jobs of a run print: `cxr-launch logs`."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cxr_vae.errors import UserError
+from cxr_vae.run_dir import RunDir
+
+POLL_S = 0.5
+
+LAST_LINES = 20
+"""Of each log, before what comes."""
+
+
+@dataclass
+class Tail:
+    """A log file that grows while it is read."""
+
+    path: Path
+    position: int = 0
+    rest: str = field(default="", repr=False)
+
+    def new_lines(self) -> list[str]:
+        """The whole lines that came since the last call."""
+        try:
+            with self.path.open(errors="replace") as file:
+                file.seek(self.position)
+                text = self.rest + file.read()
+                self.position = file.tell()
+        except OSError:
+            return []
+        *lines, self.rest = text.split("\n")
+        return lines
+
+
+def show(run: RunDir, stage: str | None, *, follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:
+    """The last lines of the newest stage's logs (or of `stage`'s), and with `follow` what comes until `is_over`."""
+    tails = {path: Tail(path) for path in log_files(run, stage)}
+    if not tails and not follow:
+        raise UserError(f"{run.logs} holds no logs of {stage or 'any stage'}: no job of it has started yet")
+    several = len(tails) > 1
+    for path, tail in tails.items():
+        yield from (f"{path.stem}: {line}" if several else line for line in tail.new_lines()[-LAST_LINES:])
+    while follow:
+        over = is_over()
+        for path in log_files(run, stage):
+            tail = tails.setdefault(path, Tail(path))
+            yield from (f"{path.stem}: {line}" for line in tail.new_lines())
+        if over:
+            return
+        time.sleep(POLL_S)
+
+
+def log_files(run: RunDir, stage: str | None) -> list[Path]:
+    """Of a stage; without one, of that which wrote last."""
+    logs = sorted(run.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return []
+    begin = f"{run.path.name}-{stage}-" if stage else logs[-1].name[: len(stage_part(run, logs[-1]))]
+    return sorted(path for path in logs if path.name.startswith(begin))
+
+
+def stage_part(run: RunDir, log: Path) -> str:
+    """`reference-train-` of `reference-train-node1-rank0.log`."""
+    return f"{run.path.name}-{log.name.removeprefix(f'{run.path.name}-').partition('-')[0]}-"

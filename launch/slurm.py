@@ -1,0 +1,136 @@
+"""Talking to Slurm through its own commands. That Slurm doesn't answer is an answer here, not an error."""
+
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+
+ANSWER_S = 20.0
+"""How long a command may take; a controller that is away makes them wait for minutes."""
+
+REQUEUE_FOR_S = 900.0
+"""How long a requeue is tried: a controller may be restarted meanwhile."""
+
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+
+NEVER = (
+    "AccountNotAllowed",
+    "Assoc",
+    "BadConstraints",
+    "DependencyNeverSatisfied",
+    "InvalidAccount",
+    "InvalidQOS",
+    "JobHeldAdmin",
+    "NodeDown",
+    "PartitionDown",
+    "PartitionInactive",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "PartitionConfig",
+    "QOSMax",
+    "QOSNotAllowed",
+    "QOSMin",
+)
+"""Beginnings of squeue's reasons for which a job may wait for ever."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job as squeue shows it."""
+
+    state: str
+    """PENDING, RUNNING, COMPLETING …"""
+    reason: str
+    left_s: float | None
+    """Until its time limit; None: no limit, or not known."""
+    nodes: str
+
+    @property
+    def may_wait_for_ever(self) -> bool:
+        """Whether Slurm holds it back for something that time alone doesn't change."""
+        return self.state == "PENDING" and self.reason.startswith(NEVER)
+
+
+def ask(*command: str, timeout: float = ANSWER_S) -> str | None:
+    """What a command prints; None where it fails, takes too long or isn't there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def controller_answers(timeout: float = 5.0) -> bool:
+    """Whether there is a cluster to submit to: its controller answers, not only its commands are installed."""
+    return shutil.which("sbatch") is not None and ask("sinfo", "--noheader", timeout=timeout) is not None
+
+
+def queue() -> dict[str, Queued] | None:
+    """All my jobs in the queue by job id, elements of arrays as `12_3`; None where the controller doesn't answer."""
+    answer = ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%L|%N")
+    if answer is None:
+        return None
+    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 4]
+    return {job: Queued(state, reason, seconds(left), nodes) for job, state, reason, left, nodes in rows}
+
+
+def accounting(jobs: list[str]) -> dict[str, str] | None:
+    """What sacct says of jobs, as `NODE_FAIL`; None where there is no accounting or it doesn't answer."""
+    columns = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State")
+    answer = ask("sacct", *columns, f"--jobs={','.join(jobs)}")
+    if answer is None:
+        return None
+    return {job: state for job, _, state in (line.partition("|") for line in answer.splitlines())}
+
+
+def seconds(text: str) -> float | None:
+    """`1-02:03:04`, `03:04` or `INVALID` as seconds."""
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]):
+        return None
+    total = 0
+    for part in parts:
+        total = total * 60 + int(part)
+    return float(total + 86400 * int(days or 0))
+
+
+def job_id() -> str:
+    """Of the job this process is in, as squeue shows it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
+def base_state(job: str) -> str | None:
+    """How a job stands, without what is going on about it: a cancelled job that is cleaned up is CANCELLED."""
+    answer = ask("scontrol", "show", "job", "--oneliner", job)
+    fields = dict(field.partition("=")[::2] for field in (answer or "").split())
+    return fields.get("JobState")
+
+
+def requeue(job: str) -> str | None:
+    """Puts a job back into the queue; tries again while the controller is away. None, or why it didn't work."""
+    deadline = time.monotonic() + REQUEUE_FOR_S
+    while True:
+        try:
+            done = subprocess.run(
+                ["scontrol", "requeue", job], capture_output=True, text=True, timeout=ANSWER_S, check=False
+            )
+            if done.returncode == 0 or "already" in done.stderr.lower() or "pending" in done.stderr.lower():
+                return None  # Slurm may have been first
+            trouble = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        except (OSError, subprocess.SubprocessError) as error:
+            trouble = [str(error)]
+        if time.monotonic() > deadline or "disabled" in trouble[0].lower():
+            return trouble[0]
+        time.sleep(5)
+
+
+def cancel(jobs: list[str]) -> str | None:
+    """Ends jobs; None, or what scancel says."""
+    try:
+        done = subprocess.run(["scancel", *jobs], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return done.stderr.strip() or None if done.returncode else None

@@ -1,0 +1,193 @@
+"""How the ranks of a stage are started where a job is: by srun on the job's nodes, or on this machine."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import launch
+from launch import slurm
+from launch.stages import Stage
+
+Processes = Sequence["subprocess.Popen[bytes]"]
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that must not come from wherever the job was submitted."""
+
+PATIENCE_S = 20.0
+"""How long the other ranks on this machine may take to leave when one has failed."""
+
+
+class Starter(ABC):
+    """Starts the ranks of a stage, each in a process of `launch.rank`."""
+
+    can_requeue = False
+    """Whether the job can go back into a queue."""
+    allocation = 0
+    """How often the job was started before this time."""
+    on_terminal = False
+    """Whether a person watches what the ranks print."""
+
+    @property
+    @abstractmethod
+    def job(self) -> str:
+        """The id of this job."""
+
+    @abstractmethod
+    def start(self, stage: Stage, ends: Path) -> Processes:
+        """Starts the ranks, which leave their ends in the folder `ends` and print into the run's logs."""
+
+    @abstractmethod
+    def wait(self, processes: Processes) -> list[int]:
+        """Exit codes, when all have ended; one that ends badly takes the others along."""
+
+    def left_s(self) -> float | None:
+        """Until the time limit; None: no limit, or not known."""
+        return None
+
+    def is_cancelled(self) -> bool:
+        """Whether whoever runs the queue has ended the job for good."""
+        return False
+
+    def requeue(self) -> str | None:
+        """Puts the job back into the queue; None, or why that didn't work."""
+        raise NotImplementedError
+
+
+@dataclass
+class Here(Starter):
+    """All ranks on this machine. On a terminal they print there, else each into its own log."""
+
+    on_terminal: bool = False
+
+    @property
+    def job(self) -> str:
+        """The process, since there is no queue."""
+        return os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+
+    def start(self, stage: Stage, ends: Path) -> Processes:
+        """One process a rank."""
+        command = rank_command([sys.executable], stage, ends.absolute(), "127.0.0.1", free_port())
+        processes = []
+        for rank in range(stage.num_ranks):
+            who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stage.num_ranks)}
+            with contextlib.ExitStack() as stack:
+                log = None
+                if not self.on_terminal:
+                    path = stage.run_dir.logs / f"{stage.log_name}-{socket.gethostname()}-rank{rank}.log"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    log = stack.enter_context(path.open("ab"))
+                both = subprocess.STDOUT if log else None
+                # In a session of its own: Ctrl-C comes once, from us, and at the worst all of it is killed together.
+                call = subprocess.Popen(command, env=os.environ | who, stdout=log, stderr=both, start_new_session=True)
+                processes.append(call)
+        return processes
+
+    def wait(self, processes: Processes) -> list[int]:
+        """Polls them: there are few."""
+        deadline = None
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.1)
+            if deadline is None and any(process.poll() for process in processes):
+                deadline = time.monotonic() + PATIENCE_S
+            if deadline is not None and time.monotonic() > deadline:
+                for process in processes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+        return [process.wait() for process in processes]
+
+
+@dataclass
+class InSlurm(Starter):
+    """One srun on all nodes of the Slurm job this process is in."""
+
+    python: tuple[str, ...] = ()
+    """Command of the Python that the ranks run in, such as that of a container; empty: this one."""
+    srun: tuple[str, ...] = ()
+    """Further options of srun."""
+    can_requeue = True
+
+    @property
+    def job(self) -> str:
+        """As squeue shows it."""
+        return slurm.job_id()
+
+    @property
+    def allocation(self) -> int:  # type: ignore[override]
+        """As Slurm counts."""
+        return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+    def start(self, stage: Stage, ends: Path) -> Processes:
+        """Starts srun; one rank that ends badly ends the others."""
+        environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+        if self.python:  # an installation in this Python's own environment is not the container's
+            environment["PYTHONPATH"] = str(Path(launch.__file__).parents[1])
+        stage.run_dir.logs.mkdir(parents=True, exist_ok=True)
+        return [subprocess.Popen(self.command(stage, ends.absolute(), own_address(), free_port()), env=environment)]
+
+    def command(self, stage: Stage, ends: Path, address: str, port: int | str) -> list[str]:
+        """The srun command line."""
+        return [
+            "srun",
+            *(f"--nodes={stage.nodes}", f"--ntasks={stage.num_ranks}", f"--ntasks-per-node={stage.ranks_per_node}"),
+            f"--cpus-per-task={stage.cpus_per_rank}",  # from Slurm 22.05 on it is not taken over from the job
+            *("--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append"),
+            f"--output={stage.run_dir.logs.absolute()}/{stage.log_name}-%N-rank%t.log",
+            *self.srun,
+            *rank_command(self.python or [sys.executable], stage, ends, address, port),
+        ]
+
+    def wait(self, processes: Processes) -> list[int]:
+        """Until srun has ended."""
+        return [process.wait() for process in processes]
+
+    def left_s(self) -> float | None:
+        """As squeue says."""
+        jobs = slurm.queue()
+        return jobs[self.job].left_s if jobs and self.job in jobs else None
+
+    def is_cancelled(self) -> bool:
+        """Whether someone has used scancel."""
+        return slurm.base_state(self.job) == "CANCELLED"
+
+    def requeue(self) -> str | None:
+        """Through scontrol."""
+        return slurm.requeue(self.job)
+
+
+def rank_command(python: Sequence[str], stage: Stage, ends: Path, address: str, port: int | str) -> list[str]:
+    """What each rank is started with."""
+    whose = [str(ends), address, str(port), str(stage.ranks_per_node), str(stage.cpus_per_rank)]
+    return [*python, "-u", "-m", "launch.rank", *whose, *stage.arguments]
+
+
+def own_address() -> str:
+    """Of this machine, the first of the job, where rank 0 is: its name if that resolves, else what Slurm says."""
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(name, None, socket.AF_INET)
+        return name
+    answer = slurm.ask("scontrol", "show", "node", "--oneliner", name) or ""
+    fields = dict(field.partition("=")[::2] for field in answer.split())
+    return fields.get("NodeAddr", name)
+
+
+def free_port() -> int:
+    """A port that nobody here listens on, outside of the range from which Linux takes those of connections."""
+    first = os.getpid() * 7919
+    for number in range(12000):
+        port = 20000 + (first + number * 31) % 12000
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 20000 and 32000")

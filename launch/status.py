@@ -1,0 +1,237 @@
+"""How runs stand: from the files of their jobs and their heartbeats, with what Slurm's queue and accounting add."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cxr_vae.console import clock
+from cxr_vae.errors import UserError
+from cxr_vae.heartbeat import STALE_AFTER_S, read_heartbeat
+from cxr_vae.run_dir import RunDir
+from cxr_vae.run_log import read_epochs
+from launch import slurm
+from launch.records import Record, records_of
+
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+
+OVER = ("done", "failed", "cancelled", "stopped", "vanished")
+"""States from which nothing more comes by itself."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One job of a run. What isn't known is None."""
+
+    run: str
+    stage: str
+    job: str
+    state: str
+    """waiting, running, stale, done, failed, cancelled, stopped, vanished."""
+    attempt: int
+    step: int | None = None
+    num_steps: int | None = None
+    loss_nats: float | None = None
+    images_per_s: float | None = None
+    left_s: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    why: str = ""
+    test_loss_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class Views:
+    """What can be seen from outside of the files; None where it doesn't answer."""
+
+    queue: Mapping[str, slurm.Queued] | None
+    accounting: Mapping[str, str] | None
+
+
+def look(records: Sequence[Record]) -> Views:
+    """Asks squeue and sacct once, and neither where no job of theirs is looked at."""
+    jobs = [record.job for record in records if record.facts().get("cluster") == "slurm"]
+    if not jobs:
+        return Views({}, {})
+    return Views(slurm.queue(), slurm.accounting(jobs))
+
+
+def runs_below(paths: Sequence[Path]) -> list[RunDir]:
+    """The run directories among `paths` and below them; UserError where there are none."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is not there: name a run directory, or a folder of them")
+        for candidate in [path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
+            if is_run(candidate):
+                found[candidate] = None
+    if not found:
+        raise UserError(f"no run in {', '.join(map(str, paths))}: name a run directory, or a folder of them")
+    return [RunDir(path) for path in found]
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is that of a run, or of one whose first job still waits."""
+    run = RunDir(path)
+    return run.config.is_file() or any(True for _ in records_of(run.jobs))
+
+
+def statuses(runs: Sequence[RunDir]) -> list[Status]:
+    """A status for each job of each run, of several of one stage the last; a run without jobs has its heartbeat."""
+    records = {run: newest_of_each_stage(run) for run in runs}
+    views = look([record for of_run in records.values() for record in of_run])
+    found = []
+    for run in runs:
+        found += [status_of(run, record, views) for record in records[run]] or [status_by_hand(run)]
+    return found
+
+
+def newest_of_each_stage(run: RunDir) -> list[Record]:
+    """The record of the last job of each stage."""
+    return list({record.stage: record for record in records_of(run.jobs)}.values())
+
+
+def status_of(run: RunDir, record: Record, views: Views) -> Status:
+    """How a job stands."""
+    state, why = state_of(run, record, views)
+    attempt = record.attempts[-1].number if record.attempts else 0
+    training = of_training(run) if record.stage == "train" else {}
+    if state != "running":
+        training |= {"images_per_s": None, "left_s": None}
+    return Status(str(run.path), record.stage, record.job, state, attempt, why=why, **training)
+
+
+def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
+    """The state of a job and why, from the best witness there is."""
+    last = record.attempts[-1] if record.attempts else None
+    ended = last is not None and last.next == "end"
+    if last is not None and ended and last.outcome == "done":
+        return "done", ""
+    if record.cancelled:
+        return "cancelled", last.why if last is not None and ended else "cancelled"
+    if last is not None and ended:
+        return ("stopped" if last.outcome == "stopped" else "failed"), last.why
+    before = why_before(record)
+    if record.facts().get("cluster") != "slurm":
+        return state_here(run, record, before)
+    queued = (views.queue or {}).get(record.job)
+    if queued is not None and queued.state in WAITING:
+        return "waiting", "; ".join(filter(None, [f"Slurm: {queued.reason}", before]))
+    if queued is not None and queued.state != "COMPLETING":
+        return state_of_running(run, record, before)
+    told = (views.accounting or {}).get(record.job, "").partition(" ")[0]
+    if queued is not None or views.queue is None:
+        if views.queue is None and last is not None and last.ended is None:
+            state, why = state_of_running(run, record, before)
+            return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
+        return "waiting", "Slurm's controller doesn't answer" if views.queue is None else "it is being cleaned up"
+    if told == "CANCELLED":
+        return "cancelled", "cancelled through Slurm"
+    what = f"Slurm's accounting says {told}" if told else "Slurm knows nothing of it any more"
+    return "vanished", f"not in the queue, and no rank of its last attempt left word; {what}: submit the same again"
+
+
+def state_here(run: RunDir, record: Record, before: str) -> tuple[str, str]:
+    """Of a job on one machine, whose id is its process's."""
+    facts = record.facts()
+    if facts.get("host") != socket.gethostname():
+        return state_of_running(run, record, before)
+    if is_alive(int(record.job)):
+        return state_of_running(run, record, before) if record.attempts else ("waiting", "for the stage before it")
+    return "vanished", "its process is gone and left no word: start the same again"
+
+
+def state_of_running(run: RunDir, record: Record, before: str) -> tuple[str, str]:
+    """A job that should be running is stale where its heartbeat is."""
+    beat = read_heartbeat(run.heartbeat) if record.stage == "train" else None
+    if beat is None or not record.attempts or beat["time"] < record.attempts[-1].began:
+        return "running", before
+    return stale(beat) or ("running", before)
+
+
+def stale(beat: Mapping[str, Any]) -> tuple[str, str] | None:
+    """State and reason where a heartbeat is old."""
+    if beat["age_s"] <= STALE_AFTER_S:
+        return None
+    return "stale", f"no sign of the loop for {clock(beat['age_s'])}, last on {beat['host']}"
+
+
+def why_before(record: Record) -> str:
+    """How the attempt before the running one ended."""
+    earlier = [attempt for attempt in record.attempts if attempt is not record.attempts[-1] or attempt.ended]
+    if not earlier:
+        return ""
+    last = earlier[-1]
+    return f"attempt {last.number} {last.outcome}: {last.why}" if last.outcome else f"attempt {last.number} was cut off"
+
+
+def status_by_hand(run: RunDir) -> Status:
+    """Of a run that no launcher started."""
+    beat = read_heartbeat(run.heartbeat)
+    state, why = "unknown", "no heartbeat"
+    if beat is not None:
+        state = {"finished": "done", "stopped": "stopped"}.get(beat["state"], "running")
+        why = beat.get("reason") or ""
+        if state == "running":
+            state, why = stale(beat) or (state, why)
+    return Status(str(run.path), "train", "-", state, 0, why=why, **of_training(run))
+
+
+def of_training(run: RunDir) -> dict[str, Any]:
+    """Of a run's heartbeat, checkpoints and epochs."""
+    beat = read_heartbeat(run.heartbeat) or {}
+    known = {key: beat.get(key) for key in ("step", "num_steps", "loss_nats", "images_per_s", "left_s")}
+    newest = run.newest_step()
+    saved = max((path.stat().st_mtime for path in run.checkpoints.glob("step-*/manifest.json")), default=None)
+    epochs = read_epochs(run)
+    return known | {
+        "checkpoint_step": newest or None,
+        "checkpoint_age_s": None if saved is None else max(0.0, time.time() - saved),
+        "test_loss_nats": epochs[-1]["test"]["loss_nats"] if epochs else None,
+    }
+
+
+def table(found: Sequence[Status]) -> str:
+    """One line a job."""
+    from tabulate import tabulate
+
+    headers = ["run", "stage", "job", "state", "try", "step", "loss", "img/s", "left", "checkpoint", "why"]
+    return tabulate([list(cells(status)) for status in found], headers, disable_numparse=True)
+
+
+def cells(status: Status) -> Iterator[str]:
+    """Of one line."""
+    yield from (status.run, status.stage, status.job, status.state, str(status.attempt or ""))
+    yield f"{status.step}/{status.num_steps}" if status.step is not None else ""
+    yield f"{status.loss_nats:.1f}" if status.loss_nats is not None else ""
+    yield f"{status.images_per_s:.0f}" if status.images_per_s else ""
+    yield clock(status.left_s) if status.left_s is not None else ""
+    saved = status.checkpoint_step is not None and status.checkpoint_age_s is not None
+    yield f"{status.checkpoint_step}, {clock(status.checkpoint_age_s or 0)} ago" if saved else ""
+    yield status.why
+
+
+def as_json(found: Sequence[Status]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [asdict(status) for status in found]
+
+
+def running_job(run: RunDir, stage: str) -> Status | None:
+    """The job of this stage that works on a run or waits to, if any: another must not be started."""
+    for record in newest_of_each_stage(run):
+        if record.stage == stage:
+            status = status_of(run, record, look([record]))
+            return status if status.state not in OVER else None
+    return None
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process here that is not just waiting to be forgotten."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, OSError):
+        return False

@@ -1,0 +1,117 @@
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.records import Attempt, RankEnd, Record
+from launch.starters import free_port
+from launch.supervisor import decide, judge
+
+
+def ends(*codes: int | None) -> list[RankEnd]:
+    """In the order of time."""
+    return [RankEnd(rank, "node1", code, float(rank)) for rank, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "outcome"),
+    [
+        ((0, 0), "done"),
+        ((75, 75), "stopped"),
+        ((75, 1), "stopped"),  # what came after the first is its consequence
+        ((1, 75), "crashed"),
+        ((2, 1), "mistake"),
+        ((-signal.SIGKILL, 1), "crashed"),
+        ((-signal.SIGTERM, -signal.SIGTERM), "stopped"),  # sharding, which has nothing to save
+        ((0, None), "lost"),
+        ((None, 1), "crashed"),
+        ((0,), "lost"),  # of two ranks: one never began
+    ],
+)
+def test_every_rank_has_its_say_and_the_first_to_end_tells_why(codes: tuple[int | None, ...], outcome: str) -> None:
+    assert judge(ends(*codes), 2, [0])[0] == outcome
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (2, "mistake"), (75, "stopped"), (137, "lost")])
+def test_without_a_word_from_any_rank_the_exit_code_counts(code: int, outcome: str) -> None:
+    assert judge([], 4, [code])[0] == outcome
+
+
+def attempts(*seen: tuple[str | None, int, int]) -> list[Attempt]:
+    """From outcome and progress before and after."""
+    return [
+        Attempt(number, 0.0, "node1", before, 0, outcome and 1.0, outcome, "", after if outcome else None)
+        for number, (outcome, before, after) in enumerate(seen, start=1)
+    ]
+
+
+def following(*seen: tuple[str | None, int, int], cancelled: bool = False, near_limit: bool = False) -> str:
+    return decide(attempts(*seen), can_requeue=True, cancelled=cancelled, near_limit=near_limit)[0]
+
+
+def test_what_is_stopped_goes_back_into_the_queue_any_number_of_times() -> None:
+    assert following(("stopped", 0, 0)) == "requeue"
+    assert following(*[("stopped", 0, 0)] * 50) == "requeue"  # thrown out before the first step, again and again
+    assert following(*[("stopped", step, step + 1) for step in range(50)], near_limit=True) == "requeue"
+
+
+def test_a_whole_time_limit_without_progress_is_the_end() -> None:
+    told = decide(attempts(("stopped", 5, 5)), can_requeue=True, cancelled=False, near_limit=True)
+    assert told == ("end", "a whole time limit brought it no step further: raise resources.hours")
+    assert following(("crashed", 0, 5), ("stopped", 5, 5), near_limit=True) == "requeue"  # it did, before
+
+
+def test_crashes_are_tried_again_while_they_bring_something() -> None:
+    assert following(("crashed", 0, 0)) == "again"
+    assert following(("crashed", 0, 0), ("crashed", 0, 0)) == "end"
+    assert following(("crashed", 0, 0), (None, 0, 0), ("crashed", 0, 0)) == "end"
+    assert following(("crashed", 0, 0), ("crashed", 0, 7), ("crashed", 7, 7)) == "again"
+    assert following(*[("crashed", step, step + 1) for step in range(50)]) == "again"
+    assert following(("crashed", 0, 3), near_limit=True) == "requeue"
+
+
+def test_lost_ranks_go_back_into_the_queue_for_other_nodes() -> None:
+    assert following(("lost", 0, 0)) == "requeue"
+    assert following(*[("lost", 0, 0)] * 10) == "end"
+
+
+def test_mistakes_and_cancelled_jobs_end() -> None:
+    assert following(("mistake", 0, 5)) == "end"
+    assert following(("done", 0, 5)) == "end"
+    assert following(("stopped", 0, 5), cancelled=True) == "end"
+    assert following(("crashed", 0, 5), cancelled=True) == "end"
+
+
+def test_a_record_survives_its_process_and_a_line_cut_short(tmp_path: Path) -> None:
+    record = Record.read(tmp_path / "train-7")
+    record.begin("node1", 0, 0)
+    record.end("crashed", "why", 5, "again")
+    record.begin("node2", 5, 0)
+    with (record.path / "attempts.jsonl").open("a") as file:
+        file.write('{"attempt": 2, "ended": 1.0, "outc')
+    again = Record.read(record.path)
+    assert [(one.number, one.outcome, one.progress, one.host) for one in again.attempts] == [
+        (1, "crashed", 0, "node1"),
+        (2, None, 5, "node2"),
+    ]
+    assert (again.stage, again.job) == ("train", "7")
+
+
+def test_a_full_disk_is_no_reason_to_forget(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    record = Record.read(tmp_path / "file" / "train-7")  # nothing can be written below a file
+    record.begin("node1", 0, 0)
+    record.end("stopped", "why", 5, "requeue")
+    assert record.attempts[-1].outcome == "stopped"
+
+
+def test_a_port_in_use_is_not_given() -> None:
+    port = free_port()
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        assert free_port() != port
+    assert 20000 <= port < 32000
+    assert sys.platform == "linux"
