@@ -104,7 +104,9 @@ class RunLog:
     def __init__(self, run: RunDir, *, enabled: bool = True) -> None:
         self.run, self.enabled = run, enabled
         self.loss_nats: float | None = None
-        """The last one that was logged."""
+        """Of the step that was logged last."""
+        self.test_loss_nats: float | None = None
+        """Of the epoch that ended last, in this attempt."""
 
     @property
     def note(self) -> str:
@@ -126,6 +128,11 @@ class RunLog:
         """A line of metrics.jsonl."""
         if self.enabled:
             self._metrics.add({"kind": kind, "step": step, **record})
+
+    def epoch(self, step: int, epoch: int, train: Mapping[str, float], test: Mapping[str, float]) -> None:
+        """Losses of an epoch."""
+        self.test_loss_nats = test["loss_nats"]
+        self.metrics("epoch", step, {"epoch": epoch, "train": train, "test": test})
 
     def metrics(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl; its numbers go to TensorBoard too, as kind/name or kind/group/name."""

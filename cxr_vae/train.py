@@ -246,7 +246,7 @@ class Training:
         train_record, test_record = (
             loss_record(losses, weight, config.data.image_size) for losses in (Losses(*state.end_epoch()), test)
         )
-        self.log.metrics("epoch", state.step, {"epoch": epoch, "train": train_record, "test": test_record})
+        self.log.epoch(state.step, epoch, train_record, test_record)
         if self.here.is_main:
             if epoch % config.train.grid_every == 0 or state.step == self.num_steps:
                 self.save_pictures(epoch)
@@ -266,8 +266,8 @@ class Training:
 
     def beat(self, state: str, reason: str | None = None) -> None:
         """Says where the run is, to whoever looks from outside."""
-        facts = {"loss_nats": self.log.loss_nats, "checkpoint_step": self.run.newest_step(), "reason": reason}
-        self.heart.beat(state, self.state.step, facts)
+        losses = {"loss_nats": self.log.loss_nats, "test_loss_nats": self.log.test_loss_nats}
+        self.heart.beat(state, self.state.step, losses | {"reason": reason})
 
     def finish(self) -> None:
         """Exports the weights, with the curves and hyperparameters that belong to them."""

@@ -59,7 +59,7 @@ def _add_submission(commands: Any, name: str, text: str, example: str) -> argpar
     _add_where(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="further sbatch options, as partition=gpu"
+        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="further sbatch options (default: none)"
     )
     return parser
 
@@ -71,7 +71,11 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
         help="slurm: its queue; local: this machine, in the background; inline: this terminal, until it is done "
         "(default: slurm if a controller answers, else local)",
     )
-    parser.add_argument("--profile", metavar="FILE", help="what the cluster gives, such as configs/cluster/….yaml")
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="what the cluster gives, such as configs/cluster/….yaml (default: only what the configuration asks)",
+    )
 
 
 def submit(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ from cxr_vae.console import clock
 from cxr_vae.errors import UserError
 from cxr_vae.heartbeat import STALE_AFTER_S, read_heartbeat
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import read_epochs
 from launch import slurm
 from launch.records import Record, records_of
 
@@ -183,14 +182,13 @@ def status_by_hand(run: RunDir) -> Status:
 def of_training(run: RunDir) -> dict[str, Any]:
     """Of a run's heartbeat, checkpoints and epochs."""
     beat = read_heartbeat(run.heartbeat) or {}
-    known = {key: beat.get(key) for key in ("step", "num_steps", "loss_nats", "images_per_s", "left_s")}
+    keys = ("step", "num_steps", "loss_nats", "test_loss_nats", "images_per_s", "left_s")
+    known = {key: beat.get(key) for key in keys}
     newest = run.newest_step()
     saved = max((path.stat().st_mtime for path in run.checkpoints.glob("step-*/manifest.json")), default=None)
-    epochs = read_epochs(run)
     return known | {
         "checkpoint_step": newest or None,
         "checkpoint_age_s": None if saved is None else max(0.0, time.time() - saved),
-        "test_loss_nats": epochs[-1]["test"]["loss_nats"] if epochs else None,
     }
 
 

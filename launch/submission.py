@@ -76,11 +76,12 @@ class Submission:
         run.check(self.config)
         resolved = run.jobs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
         stages = stages_of(name, self.config, resolved, self.shape)
-        self.check(stages)
+        check_batch(self.config, self.shape.nodes * self.shape.ranks_per_node)
         cluster = self.cluster
         if dry_run:
             print(cluster.describe(stages))
             return 0
+        self.check(stages)
         resolved.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(resolved, dump_config(self.config))  # what is edited while a job waits doesn't change it
         code = cluster.submit(stages, {"profile": self.profile_name, "config": str(resolved)})
@@ -99,7 +100,6 @@ class Submission:
                     f"it with `cxr-launch cancel {run.path}`"
                 )
         if "train" in names:
-            check_batch(self.config, next(stage.num_ranks for stage in stages if stage.name == "train"))
             shards = self.config.data.shards
             if "shard" not in names and not (Path(shards) / MANIFEST).is_file():
                 raise UserError(f"data.shards={shards} holds no shards: write them with cxr-launch shard")
@@ -147,7 +147,9 @@ def sweep(arguments: argparse.Namespace) -> int:
         one = replace(base, config=config)
         RunDir(run_dir).check(config)
         stages += stages_of("train", config, RunDir(run_dir).jobs / "train.yaml", one.shape)
-        one.check(stages[-1:])
+        check_batch(config, stages[-1].num_ranks)
+        if not arguments.dry_run:
+            one.check(stages[-1:])
         submissions.append(one)
     table = Stage("report", ("report", str(folder)), run=folder, output=folder)
     if arguments.dry_run:

@@ -10,7 +10,7 @@ from cxr_vae.errors import UserError
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_loads_and_says_what_it_needs(path: Path) -> None:
     load_config(path)
     head = path.read_text().partition("\n\n")[0]
