@@ -7,6 +7,8 @@ One run of `nodes` x `ranks` processes, submitted once with cxr-launch; then, in
 of EVENTS below. Nothing is done by hand to bring the run back. Its weights, its last checkpoint and its metrics.jsonl
 are compared bit for bit with those of a run of as many processes that was left alone. Prints a line an event, a table
 of steps lost and of seconds until it trained again, and the verdict; exits with 1 where the run differs.
+
+Until the last event each step is made to last STEP_S, by a sleep: else the run would have ended before it.
 """
 
 import argparse
@@ -34,6 +36,21 @@ from launch.records import Record, records_of
 
 EVERY_STEPS = 20
 """Steps between checkpoints: no event may cost more."""
+
+STEP_S = 0.25
+
+SLOW = """
+import os, time
+if os.path.exists({flag!r}):
+    import cxr_vae.train as train
+    step = train.Training.step
+    def slow(*arguments):
+        step(*arguments)
+        if os.path.exists({flag!r}):
+            time.sleep({seconds})
+    train.Training.step = slow
+"""
+"""Runs at the start of every Python of the job, as its sitecustomize."""
 
 HANG_S = 240.0
 
@@ -186,7 +203,7 @@ class Trial:
 
     def strike(self, event: str) -> None:
         """Lets an event happen, and waits until the run trains again."""
-        goal = self.last_step() + self.rng.randint(3, 30)
+        goal = self.last_step() + self.rng.randint(3, 15)
         self.wait("training", lambda: self.last_step() >= goal)
         num_attempts, began, step = len(self.record.attempts), self.began(), self.last_step()
         start = time.monotonic()
@@ -262,7 +279,7 @@ def main() -> int:
     parser.add_argument("--events", nargs="+", default=EVENTS, choices=EVENTS)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2, help="a node")
-    parser.add_argument("--epochs", type=int, default=4200)
+    parser.add_argument("--epochs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=Path, help="at 32 px, to train on (default: of phantoms drawn for it)")
     arguments = parser.parse_args()
@@ -273,6 +290,10 @@ def main() -> int:
     shared = Path(os.environ["SLURM_CONF"]).parents[1] / "shared"
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=shared if shared.is_dir() else None))
     shards = arguments.shards or make_shards(folder)
+    slow = folder / "slow"
+    slow.touch()
+    (folder / "sitecustomize.py").write_text(SLOW.format(flag=str(slow), seconds=STEP_S))
+    os.environ["PYTHONPATH"] = f"{folder}:{Path(__file__).parents[1]}"
     trial = Trial(folder / "run", arguments.nodes, arguments.ranks, random.Random(arguments.seed))
     submit(trial.run_dir, shards, arguments)
     trial.job = trial.record.job
@@ -280,6 +301,7 @@ def main() -> int:
     for event in events:
         trial.strike(event)
     print(f"{len(events)} interruptions in {time.monotonic() - began:.0f} s; to the end of the run", flush=True)
+    slow.unlink()
     trial.wait("the end", (trial.run_dir / "vae_final.safetensors").is_file, 3600)
     trial.wait("the verdict", lambda: trial.record.attempts[-1].outcome == "done")
     submit(folder / "undisturbed", shards, arguments, "inline")

@@ -98,9 +98,11 @@ def _add_shard(commands: Any) -> None:
 
 def shard(arguments: argparse.Namespace) -> int:
     """`cxr-vae shard`."""
+    from cxr_vae.console import outlive_full_log_disk
     from cxr_vae.shards import write_shards
     from cxr_vae.tars import Preprocessing
 
+    outlive_full_log_disk()
     directory = write_shards(
         arguments.source,
         arguments.out,
@@ -134,7 +136,9 @@ def train(arguments: argparse.Namespace) -> int:
     """`cxr-vae train`."""
     from cxr_vae.stopping import STOPPED_EXIT_CODE  # isort: skip  (notes the parent, which may be killed any time)
     from cxr_vae.config_file import load_config
+    from cxr_vae.console import outlive_full_log_disk
 
+    outlive_full_log_disk()
     config = load_config(arguments.config, arguments.overrides)  # before torch is loaded: mistakes show at once
     from cxr_vae.train import train as run_training
 
@@ -236,10 +240,12 @@ def _add_evaluate(commands: Any) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """`cxr-vae evaluate`."""
+    from cxr_vae.console import outlive_full_log_disk
     from cxr_vae.evaluate import evaluate as run_evaluation
     from cxr_vae.report import figures_table
     from cxr_vae.run_dir import RunDir
 
+    outlive_full_log_disk()
     run = RunDir(arguments.run)
     results = run_evaluation(run, arguments.overrides)
     if rank() == 0:

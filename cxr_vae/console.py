@@ -1,8 +1,11 @@
 """What a person sees while a stage works: a bar on a terminal, now and then a line in a log file."""
 
+import errno
+import io
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,6 +68,31 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class _Log(io.FileIO):
+    """A file that takes what its disk refuses."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return memoryview(data).nbytes
+
+
+def outlive_full_log_disk() -> None:
+    """From now on what is printed is lost where the disk it goes to is full; else a job would end for want of a log.
+
+    For stages, whose results are files and who print for the record only.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        stream.flush()
+        raw = io.BufferedWriter(_Log(descriptor, "wb", closefd=False))
+        encoding, errors = stream.encoding, stream.errors
+        setattr(sys, name, io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=True))
 
 
 def clock(seconds: float) -> str:

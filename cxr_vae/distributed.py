@@ -162,7 +162,7 @@ def _lost(store: Any, here: World, error: str) -> str:
     if store is None:
         return f"the other processes of this job could not be found ({error})"
     if "imed out" not in error:
-        return "another process of this job has ended; its own message says why"
+        return f"another process of this job has ended, and its own message says why ({error.splitlines()[0]})"
     try:
         store.set(f"{here.rank} waits", "")
         time.sleep(ROLL_CALL_S)

@@ -190,8 +190,10 @@ def _add_doctor(commands: Any) -> None:
         "Checks what a job needs, on this machine and on the cluster's nodes, and says what to do about what is amiss.",
         "cxr-launch doctor --profile configs/cluster/gpu_modules.yaml --nodes 2",
     )
+    from cxr_vae.command_line import positive
+
     _add_where(parser)
-    parser.add_argument("--nodes", type=int, default=1, help="nodes to try, in a job of a minute")
+    parser.add_argument("--nodes", type=positive, default=1, help="nodes to try, in a job of a minute")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs"), help="where runs are to be, which all nodes must see"
     )

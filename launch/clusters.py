@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import io
 import os
 import shlex
 import signal
@@ -274,7 +275,8 @@ def slurms_words(stage: Stage) -> Iterator[None]:
     inside = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")
     hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith(inside) and key != "SLURM_CONF"}
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error holds
+            yield
     except submitit.core.utils.FailedJobError as error:
         lines = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or str(error).splitlines()
         raise UserError(f"Slurm refuses the {stage.name} job: {' '.join(line.strip() for line in lines)}") from None

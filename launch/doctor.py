@@ -19,7 +19,7 @@ from cxr_vae.run_dir import git_revision
 from launch import probe, slurm
 from launch.clusters import Slurm, slurms_words
 from launch.logs import Tail
-from launch.probe import FAIL, OK, WARN, Finding, Probe, Words
+from launch.probe import FAIL, OK, WARN, Finding, Probe, Words, counted
 from launch.profiles import Profile, gpus_of, load_profile, sbatch_options, shape_of
 from launch.stages import Stage
 
@@ -32,7 +32,7 @@ WAIT_S = 180.0
 SHORT_S = 30.0
 """Less than this is little time for a save."""
 
-NO_TIME = "a save that takes longer is lost: lower checkpoint.every_minutes, so that little is lost with it"
+NO_TIME = "lower checkpoint.every_minutes: where a save takes longer, the last periodic one is what is left"
 
 Fields = Mapping[str, str]
 
@@ -43,11 +43,11 @@ def examine(where: str | None, profile_name: str | None, nodes: int, folder: Pat
     if where != "slurm" and nodes > 1:
         raise UserError(f"--nodes={nodes}: this is one machine; use --cluster slurm")
     profile = load_profile(profile_name)
-    failed = False
+    levels = set()
     for finding in findings(where, profile, profile_name, nodes, folder):
         print(finding, flush=True)
-        failed |= finding.level == FAIL
-    return int(failed)
+        levels.add(finding.level)
+    return int(FAIL in levels)
 
 
 def findings(where: str, profile: Profile, profile_name: str | None, nodes: int, folder: Path) -> Iterator[Finding]:
@@ -167,10 +167,10 @@ def account_finding(profile: Profile, associations: str | None, config: Fields) 
 
 
 def ending_finding(config: Fields) -> Finding:
-    """How long a job has that is cancelled, and whether jobs may be started again."""
+    """Whether jobs may be started again, and how long one that is cancelled has."""
     wait = leading_number(config.get("KillWait", "30"))
-    again = f"they may start again, since they ask for that themselves (JobRequeue={config.get('JobRequeue', '?')})"
-    text = f"jobs that are ended have {wait:.0f} s to save (KillWait); {again}"
+    again = f"all jobs may start again, they ask for that themselves (JobRequeue={config.get('JobRequeue', '?')})"
+    text = f"{again}; one that is cancelled has {wait:.0f} s to save (KillWait)"
     return Finding(OK if wait >= SHORT_S else WARN, text, NO_TIME * (wait < SHORT_S))
 
 
@@ -201,7 +201,7 @@ def limits(profile: Profile, nodes: int, partition: Fields, listed: str) -> Iter
     if state != "UP":
         yield Finding(FAIL, f"partition {name} is {state}", "name another in the profile, or wait until it is up")
     elif most < nodes:
-        yield Finding(FAIL, f"partition {name} gives a job {most:.0f} nodes with {what}, not {nodes}", mend)
+        yield Finding(FAIL, f"partition {name} gives a job {most:.0f} of its nodes with {what}, not {nodes}", mend)
     elif up < nodes:
         text = f"of the {fit} nodes of partition {name} with {what} only {up} are up"
         yield Finding(WARN, text, "jobs will wait; sinfo -R says why")
@@ -227,8 +227,9 @@ def preemption(
         if mine is None or mine not in qos:
             yield Finding(OK, "whether others preempt your jobs depends on your qos: name it in the profile to see")
             return
-        others = [key for key, (preempts, *_) in qos.items() if mine in preempts.split(",")]
         _, mode, text = qos[mine]
+        others = [key for key, (preempts, *_) in qos.items() if mine in preempts.split(",")]
+        others += [mine] * ("within" in mode.lower())
         mode = config.get("PreemptMode", "OFF") if mode in ("", "cluster") else mode.upper()
         grace = slurm.seconds(text) or 0.0
     if kind == "preempt/none" or mode == "OFF" or not others:
@@ -253,7 +254,7 @@ def notice_finding(config: Fields, grace: float) -> Finding:
         told = "preempted jobs are told by the signal they asked for (preempt_send_user_signal)"
     else:
         told = "preempt_send_user_signal is not set: preempted jobs are told by SIGTERM, on which training saves too"
-    text = f"{told}, and killed {grace + wait:.0f} s later (GraceTime {grace:.0f} s + KillWait {wait:.0f} s)"
+    text = f"{told}, and have {grace + wait:.0f} s (GraceTime {grace:.0f} s + KillWait {wait:.0f} s)"
     short = grace + wait < SHORT_S
     return Finding(WARN if short else OK, text, NO_TIME * short)
 
@@ -292,7 +293,7 @@ class Trial:
     stage: Stage
     token: str
     words: Words = field(default_factory=Words)
-    job: str | None = None
+    job: str = ""
     waiting_at: float = 0.0
     """When the job was last seen waiting."""
     keep: bool = False
@@ -307,7 +308,7 @@ class Trial:
             (folder / f"rank{rank}").write_text("to be replaced")
         lock = DirectoryLock(folder)
         self.job = self.submit()
-        yield Finding(OK, f"job {self.job} is queued for {self.stage.nodes} nodes, to look at them")
+        yield Finding(OK, f"job {self.job} is queued, to look at {counted(self.stage.nodes)}")
         trouble = self.wait()
         lock.release()
         if trouble is not None:
@@ -337,14 +338,16 @@ class Trial:
             time.sleep(1)
             self.words.take(tail.new_lines(), time.time())
             queue = slurm.queue()
-            mine = (queue or {}).get(self.job or "")
+            mine = (queue or {}).get(self.job)
             state = mine.state if mine else "gone" if queue is not None else "not known"
             age = time.monotonic() - since.setdefault(state, time.monotonic())
             if mine is not None and state in ("PENDING", "CONFIGURING"):
                 self.waiting_at = time.time()
                 trouble = self.waits(mine, age)
             elif state in ("gone", "COMPLETING"):
-                trouble = self.is_gone(age)
+                state = slurm.base_state(self.job) or "not known"
+                if age > (probe.VISIBLE_S if state == "COMPLETED" else 5):
+                    trouble = self.failed(f"job {self.job} ended as {state} before it had told all")
             elif age > WAIT_S:
                 trouble = self.failed(f"job {self.job} does not end")
         self.words.take(tail.new_lines(), time.time())
@@ -358,13 +361,6 @@ class Trial:
         text = f"the nodes were not looked at, the job still waits: Slurm says {queued.reason}"
         return Finding(FAIL if never else WARN, text, "ask for fewer nodes, for another partition, or later again")
 
-    def is_gone(self, age: float) -> Finding | None:
-        """Where it has ended and left nothing to be seen here."""
-        state = slurm.base_state(self.job or "")
-        if age < (probe.VISIBLE_S if state == "COMPLETED" else 5):
-            return None
-        return self.failed(f"job {self.job} ended as {state} and left no word")
-
     def failed(self, text: str) -> Finding:
         """With where to see more, which stays there."""
         logs = self.stage.run_dir.logs
@@ -375,11 +371,11 @@ class Trial:
 
     def judge(self, gpus: int) -> Iterator[Finding]:
         """What follows from the words of the ranks."""
-        reports, num_ranks = self.words.reports, self.stage.num_ranks
+        reports = {node: report for node, report in self.words.reports.items() if "node" in report}
+        folder, num_ranks = self.stage.run.parent, self.stage.num_ranks
         silent = self.stage.nodes - len(reports)
         if silent:
-            yield self.failed(f"{silent} of {self.stage.nodes} nodes left no word")
-        folder = self.stage.run.parent
+            yield self.failed(f"{silent} of {counted(self.stage.nodes)} left no word")
         yield from probe.by_node(reports, lambda one: Finding(OK, f"Python {one['node']['python']}"))
         yield from probe.by_node(reports, lambda one: probe.torch_of_node(one, gpus))
         yield from probe.by_node(reports, lambda one: probe.folder_finding(one, folder, self.token))
@@ -387,14 +383,13 @@ class Trial:
         torch = [one.get("torch", {}) for one in reports.values()]
         if num_ranks > 1 and torch and not any("error" in one for one in torch):
             yield from probe.by_node(reports, probe.name_finding)
-            yield from probe.clocks_finding(self.words.together["gloo"])
             yield probe.together_finding("gloo", self.words.together["gloo"], num_ranks)
             if any(one.get("gpus") for one in torch):
                 yield probe.together_finding("nccl", self.words.together["nccl"], num_ranks)
 
     def end(self) -> None:
         """Leaves neither job nor files, but for the log of one that went wrong."""
-        if self.job is not None and not (self.stage.run / "ended").exists():
+        if self.job and not (self.stage.run / "ended").exists():
             slurm.cancel([self.job])
         if not self.keep:
             shutil.rmtree(self.stage.run, ignore_errors=True)

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
         tell("folder", **look_at_folder(Path(folder), os.environ["RANK"]))
         tell("torch", **look_at_torch())
         tell("driver", **look_at_driver())
-        tell("network", **look_at_network(address))
+        tell("network", first=address, its_ip=look_up(address))
     add_up()
     sys.stdout.flush()
     os._exit(0)  # an orderly end would wait for others that may be gone
@@ -126,7 +126,8 @@ def look_at_torch() -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    why = " ".join(str(caught[0].message).split())[:200] if caught and not gpus else ""
+    visible = f"CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}"
+    why = " ".join(str(caught[0].message).split())[:200] if caught and not gpus else visible
     nccl = torch.distributed.is_nccl_available()
     return {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus, "why": why, "nccl": nccl}
 
@@ -143,16 +144,12 @@ def read_smi(listed: str, table: str) -> dict[str, Any]:
     return {"gpus": len(names), "name": names[0] if names else "", "cuda": cuda[1] if cuda else None}
 
 
-def look_at_network(address: str) -> dict[str, Any]:
-    """What names mean here, and the interfaces there are."""
-
-    def look_up(name: str) -> str:
-        try:
-            return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
-        except OSError:
-            return ""
-
-    return {"first": address, "its_ip": look_up(address), "own_ip": look_up(socket.gethostname())}
+def look_up(name: str) -> str:
+    """The IPv4 address of a machine; empty where it isn't known here."""
+    try:
+        return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
+    except OSError:
+        return ""
 
 
 def add_up() -> None:
@@ -165,16 +162,14 @@ def add_up() -> None:
 
         with world("auto", timedelta(seconds=PATIENCE_S)) as here:
             total = here.sum_(torch.ones(1)).item()
-            tell("gloo", together=total, time=time.time(), interfaces=interfaces_in_use())
+            tell("gloo", together=total, interfaces=interfaces_in_use())
             if here.device.type == "cuda" and here.local_size <= torch.cuda.device_count():
                 what = "nccl"
                 tell("nccl", together=here.sum_(torch.ones(1, device=here.device)).item())
     except Exception as error:
-        tell(
-            what,
-            error=sentence(error.__cause__ or error),
-            interfaces=[f"{name} {ip}" for ip, name in interfaces().items()],
-        )
+        why = f" ({sentence(error.__cause__)})" if error.__cause__ else ""
+        there = [f"{name} {ip}" for ip, name in interfaces().items()]
+        tell(what, error=sentence(error) + why, interfaces=there[:8])
 
 
 def interfaces() -> dict[str, str]:
@@ -272,12 +267,18 @@ def of_two_processes() -> Finding:
     call, ranks = [sys.executable, "-m", "launch.probe", "", "127.0.0.1", str(free_port()), "2"], []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        ranks.append(subprocess.Popen(call, env=os.environ | place, stdout=subprocess.PIPE, text=True))
+        pipe, same = subprocess.PIPE, subprocess.STDOUT
+        ranks.append(subprocess.Popen(call, env=os.environ | place, stdout=pipe, stderr=same, text=True))
     words = Words()
     for process in ranks:
         words.take(process.communicate()[0].splitlines(), time.time())
     gloo, nccl = (together_finding(what, words.together[what], 2) for what in ("gloo", "nccl"))
     return nccl if words.together["nccl"] and gloo.level == OK else gloo
+
+
+def counted(number: int, what: str = "node") -> str:
+    """`2 nodes`."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def names(nodes: Sequence[str]) -> str:
@@ -302,7 +303,7 @@ def torch_finding(torch: Facts, driver: Facts, wanted: int | None) -> Finding:
     seen, there = torch["gpus"], driver["gpus"]
     level = FAIL if wanted and not seen else WARN
     wanted = there if wanted is None else wanted
-    gpus = f"{there} GPU{'s' * (there > 1)} ({driver['name']})"
+    gpus = f"{counted(there, 'GPU')} ({driver['name']})"
     if seen >= wanted:
         if seen and not torch["nccl"]:
             return Finding(WARN, f"{build} has no NCCL, through which GPUs talk", "install torch's CUDA build")
@@ -314,8 +315,7 @@ def torch_finding(torch: Facts, driver: Facts, wanted: int | None) -> Finding:
     if driver["cuda"] and major(driver["cuda"]) < major(torch["cuda"]):
         remedy = f"update the driver, or install a torch for CUDA {major(driver['cuda'])}: see pytorch.org/get-started"
         return Finding(level, f"{gpus}, whose driver is too old (CUDA {driver['cuda']}) for {build}", remedy)
-    why = torch["why"] or f"CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}"
-    return Finding(level, f"{gpus}, of which {build} sees {seen} ({why})", "let it see them all, or ask for fewer")
+    return Finding(level, f"{gpus}, of which {build} sees {seen} ({torch['why']})", "let it see them, or ask for fewer")
 
 
 def torch_of_node(report: Report, wanted: int) -> Finding:
@@ -369,14 +369,6 @@ def clock_finding(report: Report, waiting_at: float) -> Finding:
     return Finding(OK, "no difference of clocks to be seen")
 
 
-def clocks_finding(gloo: Sequence[Facts]) -> Iterator[Finding]:
-    """How far the nodes' clocks are from each other, at the moment when all had added up."""
-    times = sorted((facts["time"], facts["node"]) for facts in gloo if "time" in facts)
-    if times and times[-1][0] - times[0][0] > CLOCK_S:
-        text = f"the clock of {times[-1][1]} is {times[-1][0] - times[0][0]:.0f} s ahead of that of {times[0][1]}"
-        yield Finding(WARN, text, "ask the administrators for NTP; times in logs will mislead")
-
-
 def together_finding(what: str, answers: Sequence[Facts], num_ranks: int) -> Finding:
     """Whether the ranks could add up numbers, through `gloo` or `nccl`."""
     good = [facts for facts in answers if facts.get("together") == num_ranks]
@@ -385,7 +377,7 @@ def together_finding(what: str, answers: Sequence[Facts], num_ranks: int) -> Fin
         used = sorted({name for facts in good for name in facts.get("interfaces", [])})
         nodes = len({facts["node"] for facts in good})
         through = f" through {', '.join(used)}" if used else ""
-        return Finding(OK, f"{name}: {num_ranks} ranks on {nodes} node{'s' * (nodes > 1)} added up{through}")
+        return Finding(OK, f"{name}: {num_ranks} ranks on {counted(nodes)} added up{through}")
     wrong = [facts for facts in answers if facts not in good]
     silent = num_ranks - len(answers)
     told = f"rank {wrong[0]['rank']} on {wrong[0]['node']}: {wrong[0].get('error', 'a wrong sum')}" if wrong else ""

@@ -129,7 +129,7 @@ def check_shared(path: Path) -> None:
 
 def count_gpus() -> int:
     """GPUs torch sees; asked in another process, since importing it takes seconds and memory."""
-    code = "import torch; print(torch.cuda.device_count())"
+    code = "import torch; print(torch.cuda.is_available() * torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True)
     return int(answer.stdout)
 

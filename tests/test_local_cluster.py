@@ -1,7 +1,6 @@
 """slurm/local_cluster: a real Slurm whose nodes crash and come back."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,15 +71,15 @@ def test_what_is_mounted_later_is_seen_in_jobs(slurm_cluster: SlurmCluster) -> N
 
 def test_a_crash_ends_all_on_the_node_and_it_comes_back(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     pause = "98765.4"
-    detached = f"[ $(hostname) = node1 ] || setsid sleep {pause} &"
-    script = f"srun --nodes=2 bash -c '{detached} exec sleep {pause}'"
+    script = f"srun --nodes=2 bash -c '(trap \"\" TERM; exec setsid sleep {pause}) & exec sleep {pause}'"
     job = slurm_cluster.submit(script, "--nodes=2", f"--output={tmp_path}/log")
-    wait_until(lambda: len(processes_with(pause)) == 3)
-    on_node2 = {process for process in processes_with(pause) if host_name(process) == "node2"}
+    wait_until(lambda: len(processes_with(pause)) == 4)
+    on_node2 = {process for process in processes_with(pause) if is_on("node2", process)}
     assert len(on_node2) == 2
 
     assert slurm_cluster.control("kill-node", "node2").returncode == 0
-    assert len(processes_with(pause)) == 1
+    assert not on_node2 & set(processes_with(pause))
+    assert len(processes_with(pause)) == 2
     status = slurm_cluster.control("status")
     assert status.returncode == 1
     assert [line.split()[1] for line in status.stdout.splitlines()] == ["up", "up", "up", "up", "up", "down"]
@@ -88,6 +87,7 @@ def test_a_crash_ends_all_on_the_node_and_it_comes_back(slurm_cluster: SlurmClus
     slurm_cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=crash")
     assert node_state(slurm_cluster, "node2").startswith("down")
     wait_until(lambda: slurm_cluster.state(job) == "PENDING")  # Slurm requeues by itself
+    assert not processes_with(pause)  # also what was detached on the node that is well
     slurm_cluster.run("scancel", job)
 
     started = slurm_cluster.control("start-node", "node2", SLURM_JOB_ID="1", SUBMITIT_EXECUTOR="slurm")
@@ -100,15 +100,8 @@ def test_a_crash_ends_all_on_the_node_and_it_comes_back(slurm_cluster: SlurmClus
     assert slurm_cluster.control("status").returncode == 0
 
 
-def host_name(process: int) -> str:
-    """The host name that a process sees."""
-    mine = Path("/proc/self/ns/uts").readlink()
-    if Path(f"/proc/{process}/ns/uts").readlink() == mine:
-        return ""
-    descriptor = os.open(f"/proc/{process}/environ", os.O_RDONLY)
-    with os.fdopen(descriptor, "rb") as file:
-        variables = dict(item.partition(b"=")[::2] for item in file.read().split(b"\0"))
-    return variables[b"SLURMD_NODENAME"].decode()
+def is_on(node: str, process: int) -> bool:
+    return f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
 
 
 @pytest.mark.parametrize(("switch", "expected"), [("on", "USR2"), ("off", "TERM")])
@@ -125,7 +118,8 @@ def test_a_job_is_told_before_it_is_preempted(
     high = slurm_cluster.submit("true", "--nodes=2", "--exclusive", "--output=/dev/null")
     wait_until(lambda: log.read_text().count(f"{expected}\n") == 2)
     slurm_cluster.run("scancel", low, high)
-    slurm_cluster.control("user-signal", "on")
+    assert slurm_cluster.control("user-signal", "on").returncode == 0
+    wait_until(lambda: not slurm_cluster.run("squeue", "--noheader"))
 
 
 def test_the_controller_stops_and_starts(slurm_cluster: SlurmCluster) -> None:

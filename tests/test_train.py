@@ -300,3 +300,11 @@ def test_progress_on_a_narrow_terminal_fits_its_width(shards: Path, tmp_path: Pa
     assert len(bars) > 1
     assert all(len(bar.rstrip()) <= 60 for bar in bars), bars
     assert re.search(r"140/140 00:00 .*loss \d+\.\d", bars[-1]), bars[-1]
+
+
+def test_a_full_log_disk_is_no_reason_to_stop(shards: Path, tmp_path: Path) -> None:
+    call = command("cxr-vae", "train", "configs/reference.yaml", *TINY, "epochs=1", f"data.shards={shards}")
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([*call, f"run_dir={tmp_path / 'run'}"], env=environment(), stdout=full, stderr=full)
+    assert result.returncode == 0
+    assert (tmp_path / "run" / "vae_final.safetensors").is_file()
