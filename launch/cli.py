@@ -125,7 +125,9 @@ def _add_logs(commands: Any) -> None:
         commands, "logs", logs, "Shows what the jobs of a run print.", "cxr-launch logs runs/reference --follow"
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--stage", choices=tuple(STAGES)[:3], help="(default: the one that printed last)")
+    parser.add_argument(
+        "--stage", choices=("shard", "train", "evaluate", "report"), help="(default: the one that printed last)"
+    )
     parser.add_argument("--follow", action="store_true", help="go on until the jobs of the run have ended")
 
 

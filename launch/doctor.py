@@ -345,7 +345,7 @@ class Trial:
                 self.waiting_at = time.time()
                 trouble = self.waits(mine, age)
             elif state in ("gone", "COMPLETING"):
-                state = slurm.base_state(self.job) or "not known"
+                state = slurm.job_fields(self.job).get("JobState", "not known")
                 if age > (probe.VISIBLE_S if state == "COMPLETED" else 5):
                     trouble = self.failed(f"job {self.job} ended as {state} before it had told all")
             elif age > WAIT_S:

@@ -102,11 +102,22 @@ def job_id() -> str:
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
-def base_state(job: str) -> str | None:
-    """How a job stands, without what is going on about it: a cancelled job that is cleaned up is CANCELLED."""
+def job_fields(job: str) -> dict[str, str]:
+    """What scontrol shows of a job, by its names, such as JobState; empty where it doesn't answer."""
     answer = ask("scontrol", "show", "job", "--oneliner", job)
-    fields = dict(field.partition("=")[::2] for field in (answer or "").split())
-    return fields.get("JobState")
+    return dict(field.partition("=")[::2] for field in (answer or "").split())
+
+
+def is_cancelled(job: str, restarts: int) -> bool:
+    """Whether someone has used scancel on a job that was started `restarts` times before.
+
+    While it is cleaned up Slurm shows COMPLETING for it as for one that it requeues or whose time is up; those have
+    another count or a reason. A requeue would bring it back to life.
+    """
+    fields = job_fields(job)
+    if fields.get("JobState") != "COMPLETING":
+        return fields.get("JobState") == "CANCELLED"
+    return fields.get("Reason") == "None" and fields.get("Restarts") == str(restarts)
 
 
 def requeue(job: str) -> str | None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,11 @@ Processes = Sequence["subprocess.Popen[bytes]"]
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that must not come from wherever the job was submitted."""
+
+POLL_S = 0.2
+
+SRUN_PATIENCE_S = 90.0
+"""How long srun may take to end the other ranks; Slurm's own KillWait is 30 s."""
 
 PATIENCE_S = 20.0
 """How long the other ranks on this machine may take to leave when one has failed."""
@@ -45,8 +50,11 @@ class Starter(ABC):
         """Starts the ranks, which leave their ends in the folder `ends` and print into the run's logs."""
 
     @abstractmethod
-    def wait(self, processes: Processes) -> list[int]:
-        """Exit codes, when all have ended; one that ends badly takes the others along."""
+    def wait(self, processes: Processes, has_failed: Callable[[], bool]) -> list[int]:
+        """Exit codes, when all have ended; one that ends badly takes the others along.
+
+        Without exit codes: they don't end although a rank, as `has_failed` says from its own word, ended badly.
+        """
 
     def left_s(self) -> float | None:
         """Until the time limit; None: no limit, or not known."""
@@ -90,11 +98,11 @@ class Here(Starter):
                 processes.append(call)
         return processes
 
-    def wait(self, processes: Processes) -> list[int]:
+    def wait(self, processes: Processes, has_failed: Callable[[], bool]) -> list[int]:
         """Polls them: there are few."""
         deadline = None
         while any(process.poll() is None for process in processes):
-            time.sleep(0.1)
+            time.sleep(POLL_S)
             if deadline is None and any(process.poll() for process in processes):
                 deadline = time.monotonic() + PATIENCE_S
             if deadline is not None and time.monotonic() > deadline:
@@ -144,8 +152,15 @@ class InSlurm(Starter):
             *rank_command(self.python or [sys.executable], stage, ends, address, port),
         ]
 
-    def wait(self, processes: Processes) -> list[int]:
-        """Until srun has ended."""
+    def wait(self, processes: Processes, has_failed: Callable[[], bool]) -> list[int]:
+        """Until srun has ended, which it doesn't by itself where a node was started anew behind Slurm's back."""
+        deadline = None
+        while any(process.poll() is None for process in processes):
+            time.sleep(POLL_S)
+            if deadline is None and has_failed():
+                deadline = time.monotonic() + SRUN_PATIENCE_S
+            if deadline is not None and time.monotonic() > deadline:
+                return []
         return [process.wait() for process in processes]
 
     def left_s(self) -> float | None:
@@ -155,7 +170,7 @@ class InSlurm(Starter):
 
     def is_cancelled(self) -> bool:
         """Whether someone has used scancel."""
-        return slurm.base_state(self.job) == "CANCELLED"
+        return slurm.is_cancelled(self.job, self.allocation)
 
     def requeue(self) -> str | None:
         """Through scontrol."""

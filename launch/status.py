@@ -128,7 +128,8 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
             return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
         return "waiting", "Slurm's controller doesn't answer" if views.queue is None else "it is being cleaned up"
     if told == "CANCELLED":
-        return "cancelled", "cancelled through Slurm"
+        before_it = "" if record.attempts else ", perhaps since the stage before it didn't succeed"
+        return "cancelled", f"cancelled through Slurm{before_it}"
     what = f"Slurm's accounting says {told}" if told else "Slurm knows nothing of it any more"
     return "vanished", f"not in the queue, and no rank of its last attempt left word; {what}: submit the same again"
 

@@ -62,7 +62,7 @@ class Supervisor:
             say(f"── {stage.name}, attempt {attempt.number} on {attempt.host}, after {stage.describe_progress()}")
         ends = record.ranks(attempt.number)
         self._children = self.starter.start(stage, ends)
-        codes = self.starter.wait(self._children)
+        codes = self.starter.wait(self._children, lambda: any(end.code for end in record.rank_ends(attempt.number)))
         outcome, why = judge(record.rank_ends(attempt.number), stage.num_ranks, codes)
         if outcome == "stopped":
             why = self.why_stopped() or why
@@ -120,9 +120,12 @@ def judge(ends: Sequence[RankEnd], num_ranks: int, codes: Sequence[int]) -> tupl
     """How an attempt ended, and why, from every rank's word in the order of time: not from the job's state alone.
 
     `codes` are those of the processes that were started (Slurm's srun, or the ranks' own), for where the ranks could
-    leave no word. The rank that ended first tells why: what came after may be its consequence.
+    leave no word; there are none where these processes don't end. The rank that ended first tells why: what came after
+    may be its consequence.
     """
     stops = [STOPPED_EXIT_CODE, *(-number for number in SIGNALS), *(128 + number for number in SIGNALS)]
+    if not codes:
+        return "lost", "some ranks don't end and can't be ended"
     failed = [end for end in ends if end.code not in (0, None)]
     silent = num_ranks - sum(end.code is not None for end in ends)
     if not failed and not silent:

@@ -1,7 +1,9 @@
 """Small real data that many tests share: X-ray-like JPEGs in Kaggle's layout, and shards of them."""
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from cxr_vae.shards import write_shards
 from cxr_vae.tars import Preprocessing
 from tests.helpers import TINY, cxr_vae, draw_source
+from tests.slurm_helpers import SlurmCluster, local_cluster
 
 
 def pytest_configure() -> None:
@@ -51,3 +54,12 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = cxr_vae("train", "configs/reference.yaml", *options)
     assert result.returncode == 0, result.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A real Slurm of two emulated nodes, for the tests of one process."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # sockets must have short paths
+    with local_cluster(folder) as cluster:
+        yield cluster
+    shutil.rmtree(folder, ignore_errors=True)

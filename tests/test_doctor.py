@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from launch import doctor, probe
 from launch.probe import FAIL, OK, WARN, Finding, Words
 from launch.profiles import Profile
 from tests.helpers import command, environment
-from tests.slurm_helpers import SlurmCluster, local_cluster
+from tests.slurm_helpers import SlurmCluster
 
 # Lines of `scontrol show config` of Slurm 22.05.8, spaces as they are there.
 CONFIG = """\
@@ -48,12 +47,6 @@ GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5a3c)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-7b11)
 """
 SMI_TABLE = "| NVIDIA-SMI 550.54.15              Driver Version: 550.54.15      CUDA Version: 12.4     |"
-
-
-@pytest.fixture(scope="module")
-def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with local_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
 
 
 def examine(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, list[str]]:

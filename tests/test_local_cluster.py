@@ -1,6 +1,7 @@
 """slurm/local_cluster: a real Slurm whose nodes crash and come back."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_what_is_mounted_later_is_seen_in_jobs(slurm_cluster: SlurmCluster) -> N
 
 
 def test_a_crash_ends_all_on_the_node_and_it_comes_back(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    pause = "98765.4"
+    pause = f"98765.1{os.getpid()}"  # its processes are found by this argument
     script = f"srun --nodes=2 bash -c '(trap \"\" TERM; exec setsid sleep {pause}) & exec sleep {pause}'"
     job = slurm_cluster.submit(script, "--nodes=2", f"--output={tmp_path}/log")
     wait_until(lambda: len(processes_with(pause)) == 4)
@@ -146,7 +147,7 @@ def test_mistakes_are_told_in_one_sentence(slurm_cluster: SlurmCluster, tmp_path
 
 
 def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    pause = "98765.5"
+    pause = f"98765.2{os.getpid()}"
     with local_cluster(tmp_path / "second") as second:
         own, other = second.submit(f"sleep {pause}", "--output=/dev/null"), marked(slurm_cluster.folder)
         wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause))
