@@ -125,9 +125,8 @@ def _add_logs(commands: Any) -> None:
         commands, "logs", logs, "Shows what the jobs of a run print.", "cxr-launch logs runs/reference --follow"
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument(
-        "--stage", choices=("shard", "train", "evaluate", "report"), help="(default: the one that printed last)"
-    )
+    stages = ("shard", "train", "evaluate", "report")
+    parser.add_argument("--stage", choices=stages, help="(default: the one that printed last)")
     parser.add_argument("--follow", action="store_true", help="go on until the jobs of the run have ended")
 
 

@@ -40,7 +40,7 @@ class Attempt:
     """How often Slurm had started the job before: attempts of one allocation follow one another without the queue."""
     ended: float | None = None
     outcome: str | None = None
-    """done, mistake, stopped, crashed or lost; None: it runs, or ended without a word."""
+    """done, mistake, stopped, cancelled, crashed or lost; None: it runs, or ended without a word."""
     why: str = ""
     progress_at_end: int | None = None
     next: str = ""

@@ -112,7 +112,7 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
     if record.cancelled:
         return "cancelled", last.why if last is not None and ended else "cancelled"
     if last is not None and ended:
-        return ("stopped" if last.outcome == "stopped" else "failed"), last.why
+        return (last.outcome if last.outcome in ("stopped", "cancelled") else "failed"), last.why
     before = why_before(record)
     if record.facts().get("cluster") != "slurm":
         return state_here(run, record, before)

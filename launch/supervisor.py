@@ -24,6 +24,9 @@ MAX_CRASHES = 2
 MAX_LOSSES = 10
 """In a row without progress, of ranks that were never heard of: a node that is down may be given again a few times."""
 
+EXIT_CODES = {"done": 0, "mistake": 2, "stopped": STOPPED_EXIT_CODE, "cancelled": STOPPED_EXIT_CODE}
+"""Of a job by the outcome of its last attempt; 1 for any other."""
+
 PAUSE_S = 1.0
 """Before another attempt in the same place."""
 
@@ -52,7 +55,7 @@ class Supervisor:
                 elif following == "requeue":
                     return self.requeue(record)
                 else:
-                    return {"done": 0, "mistake": 2, "stopped": STOPPED_EXIT_CODE}.get(outcome, 1)
+                    return EXIT_CODES.get(outcome, 1)
 
     def attempt(self, record: Record) -> str:
         """Runs the ranks once; records how they ended and what follows."""
@@ -64,16 +67,13 @@ class Supervisor:
         self._children = self.starter.start(stage, ends)
         codes = self.starter.wait(self._children, lambda: any(end.code for end in record.rank_ends(attempt.number)))
         outcome, why = judge(record.rank_ends(attempt.number), stage.num_ranks, codes)
-        if outcome == "stopped":
-            why = self.why_stopped() or why
-        cancelled = record.cancelled or self.starter.is_cancelled()
-        attempt.progress_at_end, attempt.outcome = stage.progress(), outcome
-        following, verdict = decide(
-            record.attempts,
-            can_requeue=self.starter.can_requeue,
-            cancelled=cancelled,
-            near_limit=self.is_near_limit(),
-        )
+        if outcome != "done" and (record.cancelled or self.starter.is_cancelled()):
+            outcome = "cancelled"
+        near_limit = outcome != "done" and self.is_near_limit()
+        if outcome == "stopped" and near_limit:
+            why = "the time limit was near"
+        attempt.outcome, attempt.progress_at_end = outcome, stage.progress()
+        following, verdict = decide(record.attempts, can_requeue=self.starter.can_requeue, near_limit=near_limit)
         record.end(outcome, "; ".join(filter(None, [why, verdict])), stage.progress(), following)
         if not self.starter.on_terminal or outcome != "done":
             reason = record.attempts[-1].why or "by every rank"
@@ -84,10 +84,6 @@ class Supervisor:
         """Whether so little time is left that the ranks were, or would be at once, told to stop."""
         left = self.starter.left_s()
         return left is not None and left <= self.margin_s
-
-    def why_stopped(self) -> str | None:
-        """What asked the ranks to stop, as far as that can be told from here."""
-        return "the time limit was near" if self.is_near_limit() else None
 
     def requeue(self, record: Record) -> int:
         """Leaves the rest to the next start of this job."""
@@ -148,13 +144,11 @@ def judge(ends: Sequence[RankEnd], num_ranks: int, codes: Sequence[int]) -> tupl
     return "crashed", f"{who} {how}"
 
 
-def decide(attempts: Sequence[Attempt], *, can_requeue: bool, cancelled: bool, near_limit: bool) -> tuple[str, str]:
+def decide(attempts: Sequence[Attempt], *, can_requeue: bool, near_limit: bool) -> tuple[str, str]:
     """What follows the last attempt (`again`, `requeue` or `end`), and why where it is the end."""
     last = attempts[-1]
-    if last.outcome == "done":
+    if last.outcome in ("done", "cancelled"):
         return "end", ""
-    if cancelled:
-        return "end", "cancelled"
     if last.outcome == "mistake":
         return "end", "it would meet the same again"
     if last.outcome == "stopped":

@@ -145,7 +145,7 @@ def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path,
     assert {one["state"] for one in found.values()} == {"done"}
     assert len(found) == 5
     table = launch("logs", tmp_path / "sweep", "--stage", "report").stdout
-    assert len(re.findall(r"lr=1e-[34],latent_dim=[23] +yes +2", table)) == 4
+    assert len(re.findall(r"latent_dim=[23],lr=1e-[34] +yes +2", table)) == 4
 
 
 @pytest.mark.timeout(300)

@@ -47,8 +47,8 @@ def attempts(*seen: tuple[str | None, int, int]) -> list[Attempt]:
     ]
 
 
-def following(*seen: tuple[str | None, int, int], cancelled: bool = False, near_limit: bool = False) -> str:
-    return decide(attempts(*seen), can_requeue=True, cancelled=cancelled, near_limit=near_limit)[0]
+def following(*seen: tuple[str | None, int, int], near_limit: bool = False) -> str:
+    return decide(attempts(*seen), can_requeue=True, near_limit=near_limit)[0]
 
 
 def test_what_is_stopped_goes_back_into_the_queue_any_number_of_times() -> None:
@@ -58,7 +58,7 @@ def test_what_is_stopped_goes_back_into_the_queue_any_number_of_times() -> None:
 
 
 def test_a_whole_time_limit_without_progress_is_the_end() -> None:
-    told = decide(attempts(("stopped", 5, 5)), can_requeue=True, cancelled=False, near_limit=True)
+    told = decide(attempts(("stopped", 5, 5)), can_requeue=True, near_limit=True)
     assert told == ("end", "a whole time limit brought it no step further: raise resources.hours")
     assert following(("crashed", 0, 5), ("stopped", 5, 5), near_limit=True) == "requeue"  # it did, before
 
@@ -80,8 +80,7 @@ def test_lost_ranks_go_back_into_the_queue_for_other_nodes() -> None:
 def test_mistakes_and_cancelled_jobs_end() -> None:
     assert following(("mistake", 0, 5)) == "end"
     assert following(("done", 0, 5)) == "end"
-    assert following(("stopped", 0, 5), cancelled=True) == "end"
-    assert following(("crashed", 0, 5), cancelled=True) == "end"
+    assert following(("cancelled", 0, 5)) == "end"
 
 
 def test_a_record_survives_its_process_and_a_line_cut_short(tmp_path: Path) -> None:
