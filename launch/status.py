@@ -1,7 +1,9 @@
 """How runs stand: from the files of their jobs and their heartbeats, with what Slurm's queue and accounting add."""
 
 import os
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -194,11 +196,17 @@ def of_training(run: RunDir) -> dict[str, Any]:
 
 
 def table(found: Sequence[Status]) -> str:
-    """One line a job."""
+    """One line a job; on a terminal the reason, the last column, is broken to what is left of its width."""
     from tabulate import tabulate
 
     headers = ["run", "stage", "job", "state", "try", "step", "loss", "img/s", "left", "checkpoint", "why"]
-    return tabulate([list(cells(status)) for status in found], headers, disable_numparse=True)
+    rows = [list(cells(status)) for status in found]
+    if not sys.stdout.isatty():
+        return tabulate(rows, headers, disable_numparse=True)
+    others = tabulate([row[:-1] for row in rows], headers[:-1], disable_numparse=True)
+    room = shutil.get_terminal_size().columns - len(others.partition("\n")[0]) - 2
+    widths = [None] * (len(headers) - 1) + [max(room, 20)]
+    return tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths)
 
 
 def cells(status: Status) -> Iterator[str]:

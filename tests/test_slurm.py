@@ -137,15 +137,21 @@ def test_a_stage_that_fails_takes_those_after_it_along(launch: Launcher, source:
 @pytest.mark.timeout(300)
 def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path, tmp_path: Path) -> None:
     told = ["sweep", "configs/reference.yaml", *SMALL, f"data.shards={shards}", f"run_dir={tmp_path / 'sweep'}"]
-    jobs = launch.submit(*told, "epochs=2", "lr=1e-3,1e-4", "latent_dim=2,3")
+    jobs = launch.submit(*told, "epochs=60", "lr=1e-3,1e-4", "latent_dim=2,3")
     array = jobs[0].partition("_")[0]
     assert jobs[:4] == [f"{array}_{number}" for number in range(4)]
+    told_to_stop = next((tmp_path / "sweep").glob(f"*/jobs/train-{array}_1")).parents[1]
+    wait_until(lambda: trains(told_to_stop), 90)
+    launch.cluster.run("scancel", "--signal=USR2", f"{array}_1")
     wait_until(lambda: gone(launch.cluster), 150)
     found = launch.status(tmp_path / "sweep")
     assert {one["state"] for one in found.values()} == {"done"}
+    assert {one["job"]: one["attempt"] for one in found.values() if one["stage"] == "train"} == {
+        job: 2 if job.endswith("_1") else 1 for job in jobs[:4]
+    }
     assert len(found) == 5
     table = launch("logs", tmp_path / "sweep", "--stage", "report").stdout
-    assert len(re.findall(r"latent_dim=[23],lr=1e-[34] +yes +2", table)) == 4
+    assert len(re.findall(r"latent_dim=[23],lr=1e-[34] +yes +60", table)) == 4
 
 
 @pytest.mark.timeout(300)
