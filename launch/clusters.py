@@ -21,7 +21,7 @@ from launch import slurm
 from launch.profiles import Profile
 from launch.records import Record
 from launch.stages import Stage
-from launch.starters import Here, InSlurm
+from launch.starters import Here, InSlurm, Starter
 from launch.supervisor import Supervisor
 
 YEAR_MIN = 365 * 24 * 60
@@ -35,38 +35,28 @@ class Job:
     """What submitit pickles and calls where the job is: stages one after another, until one doesn't succeed."""
 
     stages: tuple[Stage, ...]
-    in_slurm: bool
-    python: tuple[str, ...] = ()
-    srun: tuple[str, ...] = ()
+    starter: Starter
     margin_s: float = 0.0
+    """How long before the time limit the ranks may be told to stop."""
     keep_going: bool = False
     """After one that fails, too."""
-    cuda_visible_devices: str | None = None
-    """Of the submitter: submitit's local executor hides the GPUs it wasn't told of."""
 
     def __call__(self) -> None:
         """Ends the process with the exit code of the stage that failed, which Slurm then shows as the job's."""
-        if not self.in_slurm:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        if self.cuda_visible_devices is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
         code = self.run()
         if code:
             sys.stdout.flush()
             os._exit(code)  # submitit would take SystemExit for success
 
-    def run(self, *, terminal: bool = False) -> int:
+    def run(self) -> int:
         """The exit code of the first stage that doesn't succeed, or 0."""
         first = 0
         for stage in self.stages:
-            first = first or Supervisor(stage, self.starter(terminal=terminal), self.margin_s).run()
-            if first and not self.keep_going:
+            code = Supervisor(stage, self.starter, self.margin_s).run()
+            first = first or code
+            if code and not self.keep_going:
                 break
         return first
-
-    def starter(self, *, terminal: bool = False) -> InSlurm | Here:
-        """How the ranks are started."""
-        return InSlurm(self.python, self.srun) if self.in_slurm else Here(on_terminal=terminal)
 
 
 class Cluster(ABC):
@@ -110,7 +100,7 @@ class Inline(Cluster):
         for stage in stages:
             self.record(stage, str(os.getpid()), facts)
             print(f"\n── {stage.name} ──", flush=True)
-            code = Job((stage,), in_slurm=False).run(terminal=True)
+            code = Job((stage,), Here(on_terminal=True)).run()
             if code:
                 print(f"{stage.name} ended with exit code {code}", file=sys.stderr)
                 return code
@@ -145,10 +135,9 @@ class Local(Cluster):
 
         executor = submitit.LocalExecutor(stages[-1].run_dir.jobs / "submitit")
         executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-        chain = Job(tuple(stages), in_slurm=False, keep_going=keep_going, cuda_visible_devices=gpus)
+        starter = Here(cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         with detached():
-            job = executor.submit(chain)
+            job = executor.submit(Job(tuple(stages), starter, keep_going=keep_going))
         for stage in stages:
             self.record(stage, job.job_id, facts)
             print(f"{stage.name}: process {job.job_id}", flush=True)
@@ -177,8 +166,7 @@ class Slurm(Cluster):
             after = f"afterok:<job id of {stages[number - 1].name}>" if number else None
             command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
             script = _make_sbatch_string(command=command, folder=folder, **self.parameters(stage, after))
-            starter = InSlurm(*self.of_the_ranks())
-            srun = starter.command(stage, Path("<record>"), "<first node>", "<port>")
+            srun = self.starter.command(stage, Path("<record>"), "<first node>", "<port>")
             scripts.append(f"# {stage.name}\n{script}\n# … which runs on the nodes\n#   {shlex.join(srun)}\n")
         return "\n".join(scripts)
 
@@ -222,11 +210,12 @@ class Slurm(Cluster):
     def job(self, stages: Sequence[Stage]) -> Job:
         """What the queued job runs."""
         margin = min(self.profile.signal_delay_s + 60, 45 * self.minutes)  # Slurm signals up to a minute early
-        return Job(tuple(stages), True, *self.of_the_ranks(), margin)
+        return Job(tuple(stages), self.starter, margin)
 
-    def of_the_ranks(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Their Python's command and srun's further options."""
-        return tuple(os.path.expandvars(word) for word in self.profile.python), tuple(self.profile.srun)
+    @property
+    def starter(self) -> InSlurm:
+        """Of the ranks, as the profile says."""
+        return InSlurm(tuple(os.path.expandvars(word) for word in self.profile.python), tuple(self.profile.srun))
 
     def parameters(self, stage: Stage, after: str | None) -> dict[str, Any]:
         """Of submitit's SlurmExecutor."""

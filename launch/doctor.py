@@ -328,7 +328,9 @@ class Trial:
         executor.update_parameters(**parameters)
         self.waiting_at = time.time()
         with slurms_words(self.stage):
-            return str(executor.submit(Probe(self.stage, *self.cluster.of_the_ranks())).job_id)
+            return str(
+                executor.submit(Probe(self.stage, self.cluster.starter.python, self.cluster.starter.srun)).job_id
+            )
 
     def wait(self) -> Finding | None:
         """Until it has ended; None, or why that isn't waited for."""

@@ -35,8 +35,6 @@ class Starter(ABC):
 
     can_requeue = False
     """Whether the job can go back into a queue."""
-    allocation = 0
-    """How often the job was started before this time."""
     on_terminal = False
     """Whether a person watches what the ranks print."""
 
@@ -44,6 +42,11 @@ class Starter(ABC):
     @abstractmethod
     def job(self) -> str:
         """The id of this job."""
+
+    @property
+    def allocation(self) -> int:
+        """How often the job was started before this time."""
+        return 0
 
     @abstractmethod
     def start(self, stage: Stage, ends: Path) -> Processes:
@@ -74,6 +77,8 @@ class Here(Starter):
     """All ranks on this machine. On a terminal they print there, else each into its own log."""
 
     on_terminal: bool = False
+    cuda_visible_devices: str | None = None
+    """Of the submitter, since submitit's local executor hides all GPUs; empty: all; None: as in this process."""
 
     @property
     def job(self) -> str:
@@ -84,6 +89,11 @@ class Here(Starter):
         """One process a rank."""
         command = rank_command([sys.executable], stage, ends.absolute(), "127.0.0.1", free_port())
         processes = []
+        environment = dict(os.environ)
+        if self.cuda_visible_devices is not None:
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+        if self.cuda_visible_devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
         for rank in range(stage.num_ranks):
             who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stage.num_ranks)}
             with contextlib.ExitStack() as stack:
@@ -94,7 +104,7 @@ class Here(Starter):
                     log = stack.enter_context(path.open("ab"))
                 both = subprocess.STDOUT if log else None
                 # In a session of its own: Ctrl-C comes once, from us, and at the worst all of it is killed together.
-                call = subprocess.Popen(command, env=os.environ | who, stdout=log, stderr=both, start_new_session=True)
+                call = subprocess.Popen(command, env=environment | who, stdout=log, stderr=both, start_new_session=True)
                 processes.append(call)
         return processes
 
@@ -128,7 +138,7 @@ class InSlurm(Starter):
         return slurm.job_id()
 
     @property
-    def allocation(self) -> int:  # type: ignore[override]
+    def allocation(self) -> int:
         """As Slurm counts."""
         return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 

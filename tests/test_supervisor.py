@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.clusters import Job
 from launch.records import Attempt, RankEnd, Record
-from launch.starters import free_port
+from launch.stages import Stage
+from launch.starters import Here, free_port
 from launch.supervisor import decide, judge
 
 
@@ -114,3 +116,14 @@ def test_a_port_in_use_is_not_given() -> None:
         assert free_port() != port
     assert 20000 <= port < 32000
     assert sys.platform == "linux"
+
+
+def test_a_chain_stops_at_a_stage_that_fails_unless_it_is_a_sweep(tmp_path: Path) -> None:
+    stages = [
+        Stage("report", ("report", str(tmp_path / "nowhere")), tmp_path / name, tmp_path)
+        for name in ("first", "second")
+    ]
+    assert Job(tuple(stages), Here()).run() == 2
+    assert not (tmp_path / "second").exists()
+    assert Job(tuple(stages), Here(), keep_going=True).run() == 2
+    assert list((tmp_path / "second/logs").glob("second-report-*-rank0.log"))
