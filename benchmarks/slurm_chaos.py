@@ -40,8 +40,8 @@ EVERY_STEPS = 20
 STEP_S = 0.25
 
 SLOW = """
-import os, time
-if os.path.exists({flag!r}):
+import os, sys, time
+if "cxr_vae" in sys.orig_argv and os.path.exists({flag!r}):
     import cxr_vae.train as train
     step = train.Training.step
     def slow(*arguments):
