@@ -47,6 +47,7 @@ lint: $(VENV)/installed-dev
 
 type: $(VENV)/installed-dev
 	$(BIN)/mypy
+	$(BIN)/mypy --scripts-are-modules slurm/local_cluster
 
 test-only: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)

@@ -1,37 +1,38 @@
-# shellcheck shell=bash
-# What the sbatch scripts here share: a stage is run by srun, start after start of its job, until it is done.
+# shellcheck shell=bash disable=SC2034
+# What the sbatch scripts here share: a job runs its stage with srun, and comes back by itself until it is done.
 #
-# A script that sources this defines two functions and then calls `run_stage NAME`:
+# Who sources this defines two functions and calls `run_stage NAME`:
 #   start_step   starts srun in the background
-#   progress     prints something else once the stage was brought on
+#   progress     prints something else than before when the stage was brought on
 
 set -euo pipefail
 
-# `12_3` in an array: the bare number may mean all of it.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
-job=${job:-$SLURM_JOB_ID}
-python=${CXR_VENV:-.venv}/bin/python
-cpus=${SLURM_CPUS_PER_TASK:-1}
-ranks=${CXR_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-max_losses=2    # in a row without progress
-told=''         # the last signal this script got
-
-export PYTHONUNBUFFERED=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds the ranks have to save in; before torch 2.12 it is 30 all the same
-# srun doesn't take over --cpus-per-task from Slurm 22.05 on; one task that ends badly ends the others.
-srun=(srun --export=ALL --cpus-per-task="$cpus" --kill-on-bad-exit=1)
-torchrun=("$python" -m torch.distributed.run --nproc-per-node="$ranks" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1)
-
-say() { echo "── $*"; }
-
-mistake() {
+fail() {
     echo "error: $*" >&2
     exit 2
 }
 
-[ -x "$python" ] || mistake "$python is missing: submit from the checkout, or name the environment in CXR_VENV"
+say() { echo "── $*"; }
 
-# Facts of this job as Slurm knows them, such as `fact JobState`; nothing where it doesn't answer.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+job=${job:-$SLURM_JOB_ID}  # in an array `12_3`: the bare number may mean all of it
+python=${CXR_VENV:-.venv}/bin/python
+cpus=${SLURM_CPUS_PER_TASK:-1}
+ranks=${CXR_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+told=''  # the last signal that came to this script
+
+[ -x "$python" ] || fail "$python is missing: submit from the checkout, or name the environment in CXR_VENV"
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "CXR_PROCESSES_PER_NODE=$ranks should be a number of at least 1"
+
+export PYTHONUNBUFFERED=1
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # without: a page of warnings when the agents take leave
+export CXR_VAE_CORES=$((cpus > ranks ? cpus / ranks : 1))
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds the ranks have to save in; torch 2.11 always gives them 30
+# srun doesn't take over --cpus-per-task from Slurm 22.05 on; one task that ends badly ends the others.
+srun=(srun --export=ALL --cpus-per-task="$cpus" --kill-on-bad-exit=1)
+torchrun=("$python" -m torch.distributed.run --nproc-per-node="$ranks" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1")
+
+# What Slurm says of this job, as in `fact JobState`; nothing where it doesn't answer.
 fact() {
     local shown
     shown=$(timeout 30 scontrol show job --oneliner "$job" 2>/dev/null) || return 0
@@ -40,28 +41,22 @@ fact() {
 
 cancelled() { [ "$(fact JobState)" = CANCELLED ]; }
 
-preempted() {
-    local time
-    time=$(fact PreemptTime)
-    [ -n "$time" ] && [ "$time" != None ]
-}
+preempted() { [[ $(fact PreemptTime) = *[0-9]* ]]; }
 
-# Whether the time limit told the ranks to stop, or would at once. Who is preempted has an earlier end.
+# Whether the ranks were told to stop because of the time limit. A job that is preempted has another end.
 near_limit() {
     local end
-    if preempted; then return 1; fi
-    end=$(date --date="$(fact EndTime)" +%s 2>/dev/null) && ((end - $(date +%s) < 180))
+    end=$(date --date="$(fact EndTime)" +%s 2>/dev/null) && ((end - $(date +%s) < 180)) && ! preempted
 }
 
-# Waits until srun has ended, and passes signals on; sets `code`. A trap does nothing but note: bash 5.2 at times loses
-# one of two signals, and fails where one comes while it reads `$(…)`.
+# Until srun has ended; passes signals on; sets `code`. The traps only note them: bash 5.2 loses some of those that come
+# while a trap does more. TERM comes to this script alone only by hand: otherwise Slurm ends all of the job itself.
 wait_for_step() {
     local step=$1 passed_on=''
     while kill -0 "$step" 2>/dev/null; do
-        # TERM comes to this script alone by hand; otherwise Slurm ends the job and has told the ranks itself.
-        if [ -z "$passed_on" ] && { [ "$told" = USR1 ] || { [ "$told" = TERM ] && [ "$(fact JobState)" = RUNNING ]; }; }; then
-            kill -USR1 "$step" 2>/dev/null || true  # srun hands it to every process, also while the controller is away
+        if [ -z "$passed_on" ] && [ -n "$told" ] && { [ "$told" = USR1 ] || [ "$(fact JobState)" = RUNNING ]; }; then
             passed_on=yes
+            kill -USR1 "$step" 2>/dev/null || true  # to all processes, also while Slurm's controller is away
         fi
         sleep 1 || true
     done
@@ -69,26 +64,31 @@ wait_for_step() {
     wait "$step" || code=$?
 }
 
-# How a step with exit code `code` ended that wrote what is on stdin: stopped, lost (a process was killed) or failed.
+# How the step ended that had exit code `code` and wrote what is in stdin.
 how_it_ended() {
     local text own others
-    text=$(cat)
-    if [ -n "$told" ]; then echo stopped; return; fi
-    case $code in
-        75 | 138 | 143) echo stopped; return ;;
-        129 | 1[3-9]? | 2??) echo lost; return ;;
-        2) echo failed; return ;;
-    esac
-    # torchrun ends with 1 whatever the ranks said; its summary has their codes.
-    own=$(grep -Ec 'exitcode +: [1-9]' <<<"$text" || true)
-    others=$(grep -Ec 'error: (another process of this job|the other processes of this job|no sign of) ' <<<"$text" || true)
-    if grep -Eq 'exitcode +: 75 ' <<<"$text"; then echo stopped
-    elif grep -Eq 'exitcode +: -' <<<"$text"; then echo lost
-    elif ((own > others)); then echo failed
-    elif ((others)); then echo lost
-    elif grep -q 'SignalException' <<<"$text"; then echo stopped
-    elif grep -q 'Traceback' <<<"$text"; then echo failed
-    else echo lost
+    text=$(tail --lines=20000)
+    # torchrun ends with 1 whatever the ranks did; its summary has their exit codes, `exitcode  : -9 (pid: 123)`.
+    own=$(grep -Ec 'exitcode +: [1-9]' <<<"$text") || true
+    others=$(grep -Ec 'error: (another process of this job|the other processes of this job|no sign of) ' <<<"$text") || true
+    if [ -n "$told" ] || ((code == 75 || code == 128 + 10 || code == 128 + 15)); then
+        echo stopped
+    elif ((code == 2)); then
+        echo failed
+    elif ((code > 128)); then
+        echo killed
+    elif grep -Eq 'exitcode +: 75 ' <<<"$text"; then
+        echo stopped
+    elif grep -Eq 'exitcode +: -' <<<"$text"; then
+        echo killed
+    elif ((own > others)); then
+        echo failed
+    elif ((own == 0)) && grep -q SignalException <<<"$text"; then
+        echo stopped
+    elif ((own == 0)) && grep -q Traceback <<<"$text"; then
+        echo failed
+    else
+        echo killed
     fi
 }
 
@@ -99,8 +99,10 @@ requeue() {
             *already* | *pending*) break ;;  # Slurm was first
             *disabled*) give_up=0 ;;
         esac
-        if cancelled; then say 'cancelled'; exit 1; fi
-        if ((SECONDS >= give_up)); then
+        if cancelled; then
+            say 'cancelled'
+            exit 1
+        elif ((SECONDS >= give_up)); then
             say "this job can't go back into the queue (${answer##*$'\n'}): submit the same again, it goes on where it was"
             exit 1
         fi
@@ -109,53 +111,50 @@ requeue() {
     say 'back into the queue'
     trap '' USR1
     trap - TERM
-    sleep 600  # until Slurm ends us: to leave would look like the job's own end
+    sleep 600  # until Slurm ends this: to leave would look like the job's own end
     exit 1
 }
 
 run_stage() {
-    local name=$1 log mark at_start before losses=0 how
+    local name=$1 log mark at_start before how losses=0 code
     log=$(readlink "/proc/$$/fd/1")
     at_start=$(progress)
     trap 'told=USR1' USR1
     trap 'told=TERM' TERM
     while true; do
         before=$(progress)
-        say "$name on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $job${before:+, after $before}"
-        mark=$(stat --format=%s "$log" 2>/dev/null || echo 0)
+        say "$name on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))${before:+, after $before}"
+        mark=$(stat --format=%s "$log" 2>/dev/null) || mark=0
         start_step
         wait_for_step $!
-        if ((code == 0)); then say "$name is done"; exit 0; fi
-        if cancelled; then say 'cancelled'; exit 1; fi
-        how=$(tail --bytes="+$((mark + 1))" "$log" 2>/dev/null | how_it_ended)
-        say "$name $how (exit code $code${told:+, after $told})"
-        case $how in
-            stopped)
-                if [ "$(progress)" = "$at_start" ]; then
-                    if near_limit; then
-                        say 'a whole time limit brought it no step further: give it more with sbatch --time=…'
-                        exit 1
-                    elif [ -z "$told" ] && ! preempted; then
-                        say 'it stopped before it came any further, and nothing had told this job to'
-                        exit 1
-                    fi
-                fi
-                requeue
-                ;;
-            failed)
-                say 'it would meet the same again: see above'
+        if ((code == 0)); then
+            say "$name done"
+            exit 0
+        elif cancelled; then
+            say 'cancelled'
+            exit 1
+        fi
+        how=$({ tail --bytes="+$((mark + 1))" "$log" 2>/dev/null || true; } | how_it_ended)
+        say "$name $how${told:+ by $told}, exit code $code"
+        if [ "$how" = failed ]; then
+            say 'it would meet the same again: see above'
+            exit 1
+        elif [ "$how" = killed ]; then
+            [ "$(progress)" = "$before" ] || losses=0
+            losses=$((losses + 1))
+            if ((losses == 3)); then
+                say 'three times in a row without progress: see above'
                 exit 1
-                ;;
-            lost)
-                [ "$(progress)" = "$before" ] || losses=0
-                losses=$((losses + 1))
-                if ((losses > max_losses)); then
-                    say "$losses times in a row without progress: see above"
-                    exit 1
-                fi
-                sleep $((losses * 5)) || true
-                if [ -n "$told" ]; then requeue; fi
-                ;;
-        esac
+            fi
+            sleep $((5 * losses)) || true
+            [ -n "$told" ] || continue
+        elif [ "$(progress)" = "$at_start" ] && near_limit; then
+            say 'a whole time limit brought it no step further: give it more, sbatch --time=…'
+            exit 1
+        elif [ "$(progress)" = "$at_start" ] && [ -z "$told" ] && ! preempted; then
+            say 'it stopped before it came any further, and nobody had told this job to'
+            exit 1
+        fi
+        requeue
     done
 }
