@@ -1,6 +1,7 @@
 """The `cxr-vae` command. Each stage is imported when it is asked for, so that `--help` needs no torch."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,9 @@ def train(arguments: argparse.Namespace) -> int:
     from cxr_vae.console import outlive_full_log_disk
 
     outlive_full_log_disk()
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # DDP warns of what `World.parallel` asks for
     config = load_config(arguments.config, arguments.overrides)  # before torch is loaded: mistakes show at once
     from cxr_vae.train import train as run_training
 

@@ -112,7 +112,11 @@ class World:
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
         keep_buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **keep_buffers)
+        # Where three ranks or more add up, the rounding of a sum depends on its place in a bucket. DDP rearranges its
+        # buckets after the first step, unless it looks for unused parameters: a resumed run would differ in that step.
+        return DistributedDataParallel(
+            module, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True, **keep_buffers
+        )
 
 
 def gradients_stay_local(module: nn.Module) -> AbstractContextManager[None]:

@@ -28,8 +28,9 @@ export PYTHONUNBUFFERED=1
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}  # without: a page of warnings when the agents take leave
 export CXR_VAE_CORES=$((cpus > ranks ? cpus / ranks : 1))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds the ranks have to save in; torch 2.11 always gives them 30
-# srun doesn't take over --cpus-per-task from Slurm 22.05 on; one task that ends badly ends the others.
-srun=(srun --export=ALL --cpus-per-task="$cpus" --kill-on-bad-exit=1)
+# srun doesn't take over --cpus-per-task from Slurm 22.05 on. One task that ends badly ends the others; where their node
+# is gone, srun and the next step would wait for them for ever, but for --wait and --overlap.
+srun=(srun --export=ALL --cpus-per-task="$cpus" --label --kill-on-bad-exit=1 --wait=60 --overlap)
 torchrun=("$python" -m torch.distributed.run --nproc-per-node="$ranks" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1")
 
 # What Slurm says of this job, as in `fact JobState`; nothing where it doesn't answer.
@@ -66,26 +67,22 @@ wait_for_step() {
 
 # How the step ended that had exit code `code` and wrote what is in stdin.
 how_it_ended() {
-    local text own others
+    local text roots
     text=$(tail --lines=20000)
-    # torchrun ends with 1 whatever the ranks did; its summary has their exit codes, `exitcode  : -9 (pid: 123)`.
-    own=$(grep -Ec 'exitcode +: [1-9]' <<<"$text") || true
-    others=$(grep -Ec 'error: (another process of this job|the other processes of this job|no sign of) ' <<<"$text") || true
-    if [ -n "$told" ] || ((code == 75 || code == 128 + 10 || code == 128 + 15)); then
+    # torchrun ends with 1 whatever its ranks did. Its summary says of the one that failed first `exitcode  : -9 (pid: …`,
+    # and `error_file: <N/A>` where that rank had no error of its own to tell.
+    roots=$(awk '/Root Cause/ { root[$1] = 1 }
+        root[$1] && /exitcode/ { code[$1] = $4 }
+        root[$1] && /error_file/ { print code[$1], $3; root[$1] = 0 }' <<<"$text")
+    if [ -n "$told" ] || ((code == 75)) || grep -q '^75 ' <<<"$roots"; then
         echo stopped
-    elif ((code == 2)); then
+    elif ((code == 2)) || grep -q '^[1-9].*json' <<<"$roots"; then
         echo failed
-    elif ((code > 128)); then
+    elif grep -q '^-' <<<"$roots" || grep -q 'error: another process of this job has ended' <<<"$text"; then
         echo killed
-    elif grep -Eq 'exitcode +: 75 ' <<<"$text"; then
+    elif ((code == 128 + 10 || code == 128 + 15)) || grep -q SignalException <<<"$text"; then
         echo stopped
-    elif grep -Eq 'exitcode +: -' <<<"$text"; then
-        echo killed
-    elif ((own > others)); then
-        echo failed
-    elif ((own == 0)) && grep -q SignalException <<<"$text"; then
-        echo stopped
-    elif ((own == 0)) && grep -q Traceback <<<"$text"; then
+    elif ((code < 128)) && grep -q Traceback <<<"$text"; then
         echo failed
     else
         echo killed

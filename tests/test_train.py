@@ -144,6 +144,17 @@ def test_two_processes_under_torchrun_train_resume_and_agree(shards: Path, tmp_p
     assert_same_result(whole, stopped)
 
 
+def test_four_ranks_resume_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    """With three or more the order of summation counts; in fp32 it can't hide."""
+    options = ("precision=fp32", "grid_every=100", "model.channels=[32, 64]")
+    for run, lengths in (("straight", [4]), ("resumed", [2, 4])):
+        for epochs in lengths:
+            result = cxr_vae(*arguments(shards, tmp_path / run, *options, f"epochs={epochs}"), ranks=4)
+            assert result.returncode == 0, result.stderr
+            assert "Warning" not in result.stderr
+    assert_same_result(tmp_path / "straight", tmp_path / "resumed")
+
+
 def test_ranks_whose_torchrun_was_killed_save_and_leave(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     call = command("cxr-vae", *arguments(shards, run, "epochs=1000", "checkpoint.every_steps=100000"), ranks=2)
