@@ -50,7 +50,7 @@ type: $(VENV)/installed-dev
 	$(BIN)/mypy --scripts-are-modules slurm/local_cluster
 
 test-only: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n 3 --dist loadfile $(PYTEST_ARGS)
 
 clean:
 	rm -rf demo

@@ -40,7 +40,15 @@ fact() {
     if [[ $shown =~ \ $1=([^\ ]*) ]]; then echo "${BASH_REMATCH[1]}"; fi
 }
 
-cancelled() { [ "$(fact JobState)" = CANCELLED ]; }
+# Whether someone has used scancel: a requeue would bring the job back to life. While it is cleaned up Slurm shows
+# COMPLETING, as for one that it requeues or whose time is up; those have another count, or a reason.
+cancelled() {
+    case $(fact JobState) in
+        CANCELLED) return 0 ;;
+        COMPLETING) [ "$(fact Reason)" = None ] && [ "$(fact Restarts)" = "${SLURM_RESTART_COUNT:-0}" ] ;;
+        *) return 1 ;;
+    esac
+}
 
 preempted() { [[ $(fact PreemptTime) = *[0-9]* ]]; }
 

@@ -1,0 +1,84 @@
+"""The plain sbatch scripts, on a real Slurm."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import same
+from cxr_vae.manifest import published
+from tests.helpers import TINY, cxr_vae
+from tests.slurm_helpers import SlurmCluster, wait_until
+
+SCRIPTS = sorted(Path("slurm").glob("*.sbatch"))
+OPTIONS = ("configs/reference.yaml", *TINY, "checkpoint.every_steps=1000", "checkpoint.best=false")
+
+
+def sbatch(cluster: SlurmCluster, log: Path, script: str, *arguments: object, nodes: int = 1, ranks: int = 1) -> str:
+    """Queues a script; returns the job's id."""
+    size = (f"--nodes={nodes}", "--cpus-per-task=2", f"--output={log}", "--mem=2G")
+    call = ["env", f"CXR_PROCESSES_PER_NODE={ranks}", "sbatch", "--parsable", *size, f"slurm/{script}.sbatch"]
+    return cluster.run(*call, *map(str, arguments)).strip()
+
+
+def ended(cluster: SlurmCluster, job: str, seconds: float = 120) -> str:
+    """Its state when it is over."""
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_until(lambda: cluster.state(job) in over, seconds)
+    return cluster.state(job)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, Path("slurm/common.sh")], ids=lambda path: path.name)
+def test_shells_find_nothing_amiss(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (apt install shellcheck)")
+    checked = subprocess.run(["shellcheck", "-x", script], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.timeout(500)
+def test_shard_train_and_evaluate_with_an_interruption_are_as_on_one_machine(
+    slurm_cluster: SlurmCluster, source: Path, tmp_path: Path
+) -> None:
+    cluster, shards, run = slurm_cluster, tmp_path / "shards", tmp_path / "run"
+    log = tmp_path / "shard.log"
+    assert ended(cluster, sbatch(cluster, log, "shard", source, shards, "--image-size=32")) == "COMPLETED", (
+        log.read_text()
+    )
+
+    log, told = tmp_path / "train.log", [*OPTIONS, f"data.shards={shards}", "epochs=80"]
+    job = sbatch(cluster, log, "train", *told, f"run_dir={run}", nodes=2, ranks=2)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 20, 90)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: published(run / "checkpoints"), 30)
+    stopped_at = published(run / "checkpoints")[0].name
+    assert ended(cluster, job, 180) == "COMPLETED", log.read_text()
+    assert "back into the queue" in log.read_text()
+    assert f"going on from {stopped_at}" in log.read_text()
+    alone = cxr_vae("train", *told, f"run_dir={tmp_path / 'alone'}", ranks=4)
+    assert alone.returncode == 0, alone.stderr
+    assert same(run, tmp_path / "alone")
+
+    log, asked = tmp_path / "evaluate.log", ("features=random", "num_generated=20")
+    assert ended(cluster, sbatch(cluster, log, "evaluate", run, *asked, ranks=2)) == "COMPLETED", log.read_text()
+    assert (run / "evaluation/evaluation_results.json").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_a_cancelled_job_stays_so_and_a_mistake_is_told(
+    slurm_cluster: SlurmCluster, shards: Path, tmp_path: Path
+) -> None:
+    cluster, run, log = slurm_cluster, tmp_path / "run", tmp_path / "train.log"
+    wrong = sbatch(cluster, tmp_path / "wrong.log", "train", "configs/reference.yaml", "epoch=3")
+    job = sbatch(cluster, log, "train", *OPTIONS, f"data.shards={shards}", f"run_dir={run}", "epochs=4000")
+    assert ended(cluster, wrong) == "FAILED"
+    assert "did you mean train.epochs?" in (tmp_path / "wrong.log").read_text()
+    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 5, 60)
+    cluster.run("scancel", job)
+    assert ended(cluster, job) == "CANCELLED"
+    time.sleep(8)  # a job that came back would be in the queue again by now
+    assert cluster.state(job) in ("CANCELLED", "")
+    assert published(run / "checkpoints")  # it was let save
