@@ -140,9 +140,7 @@ def train(arguments: argparse.Namespace) -> int:
     from cxr_vae.console import outlive_full_log_disk
 
     outlive_full_log_disk()
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # DDP warns of what `World.parallel` asks for
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what `World.parallel` asks for
     config = load_config(arguments.config, arguments.overrides)  # before torch is loaded: mistakes show at once
     from cxr_vae.train import train as run_training
 

@@ -10,7 +10,7 @@ from cxr_vae.run_dir import RunDir
 
 POLL_S = 0.5
 
-LAST_LINES = 20
+LAST_LINES = 40
 """Of each log, before what comes."""
 
 
@@ -23,7 +23,7 @@ class Tail:
     rest: str = field(default="", repr=False)
 
     def new_lines(self) -> list[str]:
-        """The whole lines that came since the last call."""
+        """The whole lines that came since the last call, without submitit's own."""
         try:
             with self.path.open(errors="replace") as file:
                 file.seek(self.position)
@@ -32,7 +32,7 @@ class Tail:
         except OSError:
             return []
         *lines, self.rest = text.split("\n")
-        return lines
+        return [line for line in lines if not line.startswith("submitit ")]
 
 
 def show(run: RunDir, stage: str | None, *, follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.index import MANIFEST
 from cxr_vae.run_dir import RunDir
 
-UNITS = {"shard": "tars", "train": "steps", "evaluate": "pictures", "report": "pages"}
+UNITS = {"shard": "tars", "train": "steps", "evaluate": "pictures", "report": ""}
 """What a stage's progress is counted in."""
 
 
@@ -52,8 +52,9 @@ class Stage:
         return sum(1 for path in self.output.rglob("*.png") if path.stat().st_size)
 
     def describe_progress(self) -> str:
-        """`500 steps`."""
-        return f"{self.progress()} {UNITS[self.name]}"
+        """`after 500 steps`; nothing before the first."""
+        progress = self.progress()
+        return f" after {progress} {UNITS[self.name]}" if progress else ""
 
 
 def stages_of(name: str, config: Config, resolved: Path, resources: "Shape") -> list[Stage]:

@@ -62,7 +62,7 @@ class Supervisor:
         stage = self.stage
         attempt = record.begin(socket.gethostname(), stage.progress(), self.starter.allocation)
         if not self.starter.on_terminal or attempt.number > 1:
-            say(f"── {stage.name}, attempt {attempt.number} on {attempt.host}, after {stage.describe_progress()}")
+            say(f"── {stage.name}, attempt {attempt.number} on {attempt.host}{stage.describe_progress()}")
         ends = record.ranks(attempt.number)
         self._children = self.starter.start(stage, ends)
         codes = self.starter.wait(self._children, lambda: any(end.code for end in record.rank_ends(attempt.number)))
@@ -77,7 +77,7 @@ class Supervisor:
         record.end(outcome, "; ".join(filter(None, [why, verdict])), stage.progress(), following)
         if not self.starter.on_terminal or outcome != "done":
             reason = record.attempts[-1].why or "by every rank"
-            say(f"── {stage.name} {outcome} after {stage.describe_progress()}: {reason}")
+            say(f"── {stage.name} {outcome}{stage.describe_progress()}: {reason}")
         return outcome
 
     def is_near_limit(self) -> bool:
