@@ -1,10 +1,8 @@
 """The `cxr-launch` command: the stages of `cxr-vae` as jobs, in Slurm's queue or on this machine."""
 
 import argparse
-import contextlib
 import json
-import os
-import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,18 +167,22 @@ def cancel(arguments: argparse.Namespace) -> int:
     for run_dir, record in living:
         print(f"{run_dir.path}: {record.stage} job {record.job} cancelled")
     if trouble is not None:
-        raise UserError(f"Slurm says: {trouble}; the jobs won't start again, but may still run: try once more")
+        raise UserError(f"{trouble}; the jobs won't start again, but may still run")
     return 0
 
 
 def end_jobs(records: Sequence[Record]) -> str | None:
-    """Tells them to leave; None, or what Slurm says against it."""
+    """Tells them to leave; None, or what stands against it."""
     queued = [record.job for record in records if record.facts().get("cluster") == "slurm"]
+    trouble = slurm.cancel(queued) if queued else None
+    trouble = trouble and f"Slurm says: {trouble}"
     for record in records:
-        if record.job not in queued:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(record.job), signal.SIGTERM)
-    return slurm.cancel(queued) if queued else None
+        process, host = record.process(), record.facts().get("host")
+        if process is not None:
+            process.terminate()
+        elif record.job not in queued and host != socket.gethostname():
+            trouble = f"job {record.job} runs on {host}: cancel it there"
+    return trouble
 
 
 def _add_doctor(commands: Any) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import git_revision
 from launch import slurm
@@ -78,7 +80,7 @@ class Cluster(ABC):
 
     def record(self, stage: Stage, job: str, facts: dict[str, Any]) -> Record:
         """Notes what was submitted, for `status` and for people who look years later."""
-        record = Record(stage.run_dir.jobs / f"{stage.name}-{job}")
+        record = Record(stage.record_path(job))
         who = {"user": getpass.getuser(), "host": socket.gethostname(), "git": git_revision(), "python": sys.executable}
         what = {"nodes": stage.nodes, "ranks": stage.num_ranks, "arguments": ["cxr-vae", *stage.arguments]}
         record.submitted({"cluster": self.name, "job": job, "stage": stage.name} | what | who | facts)
@@ -98,7 +100,7 @@ class Inline(Cluster):
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
         """Runs them here."""
         for stage in stages:
-            self.record(stage, str(os.getpid()), facts)
+            self.record(stage, str(os.getpid()), facts | process_facts(os.getpid()))
             print(f"\n── {stage.name} ──", flush=True)
             code = Job((stage,), Here(on_terminal=True)).run()
             if code:
@@ -138,6 +140,7 @@ class Local(Cluster):
         starter = Here(cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         with detached():
             job = executor.submit(Job(tuple(stages), starter, keep_going=keep_going))
+        facts |= process_facts(int(job.job_id))
         for stage in stages:
             self.record(stage, job.job_id, facts)
             print(f"{stage.name}: process {job.job_id}", flush=True)
@@ -284,6 +287,13 @@ def warn_of_waiting(jobs: Sequence[str]) -> None:
                 f"partition; `scancel {job}` ends it",
                 file=sys.stderr,
             )
+
+
+def process_facts(process: int) -> dict[str, Any]:
+    """What tells a process from a later one with the same number; see `records.Record.process`."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
+        return {"process_began": psutil.Process(process).create_time()}
+    return {}
 
 
 def as_typed(stage: Stage) -> str:

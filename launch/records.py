@@ -1,18 +1,21 @@
 """What is known of a job, in files of its run: what was asked for, each attempt, and each rank's end.
 
-`run_dir/jobs/<stage>-<job id>/` holds `job.json`, written when the job is submitted; `attempts.jsonl`, a line at the
-beginning and the end of each attempt; `ranks/<attempt>/<rank>.json`, which every rank writes for itself; and
+`run_dir/jobs/<stage>-<job id>-<token>/` holds `job.json`, written when the job is submitted; `attempts.jsonl`, a line
+at the beginning and the end of each attempt; `ranks/<attempt>/<rank>.json`, which every rank writes for itself; and
 `cancelled`, once someone wants it to end. They are small, plain and tell how a job stands without asking Slurm.
 """
 
 import contextlib
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cxr_vae.files import write_json
 
@@ -77,7 +80,7 @@ class Record:
     @property
     def job(self) -> str:
         """`1202` or, of an array, `1202_3`."""
-        return self.path.name.partition("-")[2]
+        return self.path.name.split("-")[1]
 
     def facts(self) -> dict[str, Any]:
         """What was asked for; empty where the job was started by other means."""
@@ -86,6 +89,16 @@ class Record:
         except (OSError, ValueError):
             return {}
         return facts
+
+    def process(self) -> psutil.Process | None:
+        """Of a job without a queue, if it still lives on this machine; never another that has its number by now."""
+        facts = self.facts()
+        with contextlib.suppress(psutil.Error, KeyError, ValueError):
+            found = psutil.Process(int(self.job))
+            ours = facts["host"] == socket.gethostname() and abs(found.create_time() - facts["process_began"]) < 1
+            if ours and found.status() != psutil.STATUS_ZOMBIE:
+                return found
+        return None
 
     def submitted(self, facts: Mapping[str, Any]) -> None:
         """Writes what was asked for."""

@@ -1,7 +1,8 @@
 """What the jobs do: each stage as a command line of `cxr-vae`, with what it needs and how far it is."""
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_vae.config import Config
@@ -27,11 +28,17 @@ class Stage:
     ranks_per_node: int = 1
     cpus_per_rank: int = 1
     """0: this rank's share of what the machine lets it use."""
+    token: str = field(default_factory=lambda: secrets.token_hex(3))
+    """Of this submission: job ids and process ids come again."""
 
     @property
     def run_dir(self) -> RunDir:
         """The run it belongs to."""
         return RunDir(self.run)
+
+    def record_path(self, job: str) -> Path:
+        """Where what is known of the job with this id is kept."""
+        return self.run_dir.jobs / f"{self.name}-{job}-{self.token}"
 
     @property
     def num_ranks(self) -> int:

@@ -1,6 +1,5 @@
 """How runs stand: from the files of their jobs and their heartbeats, with what Slurm's queue and accounting add."""
 
-import os
 import shutil
 import socket
 import sys
@@ -138,10 +137,9 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
 
 def state_here(run: RunDir, record: Record, before: str) -> tuple[str, str]:
     """Of a job on one machine, whose id is its process's."""
-    facts = record.facts()
-    if facts.get("host") != socket.gethostname():
+    if record.facts().get("host") != socket.gethostname():
         return state_of_running(run, record, before)
-    if is_alive(int(record.job)):
+    if record.process() is not None:
         return state_of_running(run, record, before) if record.attempts else ("waiting", "for the stage before it")
     return "vanished", "its process is gone and left no word: start the same again"
 
@@ -233,12 +231,3 @@ def running_job(run: RunDir, stage: str) -> Status | None:
             status = status_of(run, record, look([record]))
             return status if status.state not in OVER else None
     return None
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is such a process here that is not just waiting to be forgotten."""
-    try:
-        os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, OSError):
-        return False

@@ -42,7 +42,7 @@ class Supervisor:
 
     def run(self) -> int:
         """The job's exit code: 0 done, 2 a mistake of the user's, 75 stopped, 1 anything else."""
-        record = Record.read(self.stage.run_dir.jobs / f"{self.stage.name}-{self.starter.job}")
+        record = Record.read(self.stage.record_path(self.starter.job))
         with self._signals_passed_on():
             while True:
                 if record.cancelled or self.starter.is_cancelled():

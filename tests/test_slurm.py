@@ -140,7 +140,7 @@ def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path,
     jobs = launch.submit(*told, "epochs=60", "lr=1e-3,1e-4", "latent_dim=2,3")
     array = jobs[0].partition("_")[0]
     assert jobs[:4] == [f"{array}_{number}" for number in range(4)]
-    told_to_stop = next((tmp_path / "sweep").glob(f"*/jobs/train-{array}_1")).parents[1]
+    told_to_stop = next((tmp_path / "sweep").glob(f"*/jobs/train-{array}_1-*")).parents[1]
     wait_until(lambda: trains(told_to_stop), 90)
     launch.cluster.run("scancel", "--signal=USR2", f"{array}_1")
     wait_until(lambda: gone(launch.cluster), 150)
