@@ -1,8 +1,10 @@
+import os
 import signal
 import socket
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.clusters import Job
@@ -127,3 +129,13 @@ def test_a_chain_stops_at_a_stage_that_fails_unless_it_is_a_sweep(tmp_path: Path
     assert not (tmp_path / "second").exists()
     assert Job(tuple(stages), Here(), keep_going=True).run() == 2
     assert list((tmp_path / "second/logs").glob("second-report-*-rank0.log"))
+
+
+def test_a_process_that_came_by_an_old_number_is_not_taken_for_the_job(tmp_path: Path) -> None:
+    record = Record(tmp_path / f"train-{os.getpid()}-abc123")
+    began = psutil.Process().create_time()
+    record.submitted({"host": socket.gethostname(), "process_began": began})
+    assert record.process() == psutil.Process()
+    for facts in ({"process_began": began - 5}, {"process_began": began, "host": "elsewhere"}, {}):
+        record.submitted({"host": socket.gethostname()} | facts)
+        assert record.process() is None
