@@ -179,7 +179,10 @@ def end_jobs(records: Sequence[Record]) -> str | None:
     for record in records:
         process, host = record.process(), record.facts().get("host")
         if process is not None:
-            process.terminate()
+            if any(
+                attempt.ended is None for attempt in record.attempts[-1:]
+            ):  # else its turn hasn't come: the mark does
+                process.terminate()
         elif record.job not in queued and host != socket.gethostname():
             trouble = f"job {record.job} runs on {host}: cancel it there"
     return trouble

@@ -19,14 +19,18 @@ import psutil
 
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import git_revision
+from cxr_vae.stopping import STOPPED_EXIT_CODE
 from launch import slurm
 from launch.profiles import Profile
 from launch.records import Record
 from launch.stages import Stage
-from launch.starters import Here, InSlurm, Starter
+from launch.starters import ALL, Here, InSlurm, Starter
 from launch.supervisor import Supervisor
 
 YEAR_MIN = 365 * 24 * 60
+
+REPORT_MIN = 30
+"""Time limit of a report, which takes seconds."""
 
 SETTLING_S = 1.5
 """Until a job that was just queued has a reason for waiting."""
@@ -45,6 +49,8 @@ class Job:
 
     def __call__(self) -> None:
         """Ends the process with the exit code of the stage that failed, which Slurm then shows as the job's."""
+        if isinstance(self.starter, Here):
+            os.setsid()  # what a script's terminal sends to its processes is not for the job
         code = self.run()
         if code:
             sys.stdout.flush()
@@ -110,8 +116,12 @@ class Inline(Cluster):
 
     def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
         """One after another."""
-        codes = [self.submit([stage], facts) for stage in stages]
-        return max(codes) or self.submit([table], facts)
+        codes = []
+        for stage in stages:
+            codes.append(self.submit([stage], facts))
+            if codes[-1] == STOPPED_EXIT_CODE:
+                return STOPPED_EXIT_CODE
+        return max(*codes, self.submit([table], facts))
 
 
 @dataclass
@@ -137,7 +147,7 @@ class Local(Cluster):
 
         executor = submitit.LocalExecutor(stages[-1].run_dir.jobs / "submitit")
         executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
-        starter = Here(cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        starter = Here(cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", ALL))
         with detached():
             job = executor.submit(Job(tuple(stages), starter, keep_going=keep_going))
         facts |= process_facts(int(job.job_id))
@@ -182,8 +192,9 @@ class Slurm(Cluster):
                 job = self.submit_one(stage, after)
                 queued[job] = stage
                 after = f"afterok:{job}"
-        except UserError:
-            slurm.cancel(list(queued))  # all of a chain, or nothing
+        except BaseException:
+            if queued:
+                slurm.cancel(list(queued))  # all of a chain, or nothing
             raise
         for job, stage in queued.items():
             self.record(stage, job, facts)
@@ -232,7 +243,7 @@ class Slurm(Cluster):
             "nodes": stage.nodes,
             "ntasks_per_node": stage.ranks_per_node,
             "cpus_per_task": stage.cpus_per_rank,
-            "time": self.minutes,
+            "time": min(self.minutes, REPORT_MIN) if stage.name == "report" else self.minutes,
             "signal_delay_s": self.profile.signal_delay_s,
             "stderr_to_stdout": True,
             # Slurm signals the ranks; what is for the batch shell alone must not end the supervisor below it.

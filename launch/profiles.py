@@ -87,7 +87,10 @@ def sbatch_options(config: Config, profile: Profile, *, gpus: int) -> dict[str, 
     named = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint")}
     options: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     if gpus:
-        key, _, value = profile.gpu_option.format(gpus=gpus).partition("=")
+        try:
+            key, _, value = profile.gpu_option.format(gpus=gpus).partition("=")
+        except (KeyError, IndexError, ValueError):
+            raise UserError(f"gpu_option={profile.gpu_option!r}: only {{gpus}} stands for something there") from None
         options[key] = value
     memory = config.resources.memory_gb or profile.memory_gb
     if memory:

@@ -125,12 +125,12 @@ class Record:
         """Where the ranks of an attempt leave their ends."""
         return self.path / "ranks" / str(attempt)
 
-    def rank_ends(self, attempt: int) -> list[RankEnd]:
+    def rank_ends(self, attempt: int, num_ranks: int) -> list[RankEnd]:
         """In the order of time; those that never began are missing."""
         ends = []
-        for path in self.ranks(attempt).glob("*.json"):
+        for rank in range(num_ranks):  # by name: a listing may be older than its files on a network file system
             with contextlib.suppress(OSError, ValueError, TypeError):
-                ends.append(RankEnd(**json.loads(path.read_text())))
+                ends.append(RankEnd(**json.loads((self.ranks(attempt) / f"{rank}.json").read_text())))
         return sorted(ends, key=lambda end: end.time)
 
     @property
@@ -148,7 +148,7 @@ class Record:
         with contextlib.suppress(OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             with (self.path / "attempts.jsonl").open("a") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write("\n" + json.dumps(event) + "\n")  # behind a line that a crash cut short, too
 
     def _take(self, event: dict[str, Any]) -> None:
         if "began" in event:

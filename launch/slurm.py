@@ -16,21 +16,22 @@ ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 NEVER = (
     "AccountNotAllowed",
-    "Assoc",
     "BadConstraints",
     "DependencyNeverSatisfied",
     "InvalidAccount",
     "InvalidQOS",
     "JobHeldAdmin",
-    "NodeDown",
+    "PartitionConfig",
     "PartitionDown",
     "PartitionInactive",
     "PartitionNodeLimit",
     "PartitionTimeLimit",
-    "PartitionConfig",
-    "QOSMax",
     "QOSNotAllowed",
-    "QOSMin",
+    *(
+        f"{who}Max{what}"
+        for who in ("Assoc", "QOS")
+        for what in ("CpuPerJob", "NodePerJob", "GRESPerJob", "WallDuration")
+    ),
 )
 """Beginnings of squeue's reasons for which a job may wait for ever."""
 
@@ -61,7 +62,7 @@ def ask(*command: str, timeout: float = ANSWER_S) -> str | None:
     return done.stdout
 
 
-def controller_answers(timeout: float = 5.0) -> bool:
+def controller_answers(timeout: float = ANSWER_S) -> bool:
     """Whether there is a cluster to submit to: its controller answers, not only its commands are installed."""
     return shutil.which("sbatch") is not None and ask("sinfo", "--noheader", timeout=timeout) is not None
 
@@ -108,34 +109,41 @@ def job_fields(job: str) -> dict[str, str]:
     return dict(field.partition("=")[::2] for field in (answer or "").split())
 
 
-def is_cancelled(job: str, restarts: int) -> bool:
-    """Whether someone has used scancel on a job that was started `restarts` times before.
+def is_cancelled(fields: dict[str, str], restarts: int) -> bool:
+    """Whether someone has used scancel on a job with these fields that was started `restarts` times before.
 
     While it is cleaned up Slurm shows COMPLETING for it as for one that it requeues or whose time is up; those have
     another count or a reason. A requeue would bring it back to life.
     """
-    fields = job_fields(job)
     if fields.get("JobState") != "COMPLETING":
         return fields.get("JobState") == "CANCELLED"
     return fields.get("Reason") == "None" and fields.get("Restarts") == str(restarts)
 
 
-def requeue(job: str) -> str | None:
-    """Puts a job back into the queue; tries again while the controller is away. None, or why it didn't work."""
+def requeue(job: str, restarts: int) -> str | None:
+    """Puts a job back into the queue; tries again while the controller is away. None, or why it didn't work.
+
+    Looks before each try: one that was cancelled must not come back to life.
+    """
     deadline = time.monotonic() + REQUEUE_FOR_S
-    while True:
-        try:
-            done = subprocess.run(
-                ["scontrol", "requeue", job], capture_output=True, text=True, timeout=ANSWER_S, check=False
-            )
-            if done.returncode == 0 or "already" in done.stderr.lower() or "pending" in done.stderr.lower():
-                return None  # Slurm may have been first
-            trouble = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        except (OSError, subprocess.SubprocessError) as error:
-            trouble = [str(error)]
-        if time.monotonic() > deadline or "disabled" in trouble[0].lower():
-            return trouble[0]
+    trouble = "Slurm's controller doesn't answer"
+    while time.monotonic() < deadline:
+        fields = job_fields(job)
+        if is_cancelled(fields, restarts):
+            return "it is cancelled"
+        if fields:
+            try:
+                call = ["scontrol", "requeue", job]
+                done = subprocess.run(call, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+                trouble = done.stderr.strip() or f"exit code {done.returncode}"
+                if done.returncode == 0 or "already" in trouble.lower() or "pending" in trouble.lower():
+                    return None  # Slurm may have been first
+                if "disabled" in trouble.lower():
+                    break
+            except (OSError, subprocess.SubprocessError) as error:
+                trouble = str(error)
         time.sleep(5)
+    return trouble
 
 
 def cancel(jobs: list[str]) -> str | None:

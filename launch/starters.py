@@ -21,7 +21,12 @@ Processes = Sequence["subprocess.Popen[bytes]"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that must not come from wherever the job was submitted."""
 
+ALL = "all"
+
 POLL_S = 0.2
+
+LOOK_EVERY_S = 10.0
+"""How often the words of the ranks are read while srun goes on."""
 
 SRUN_PATIENCE_S = 90.0
 """How long srun may take to end the other ranks; Slurm's own KillWait is 30 s."""
@@ -59,6 +64,10 @@ class Starter(ABC):
         Without exit codes: they don't end although a rank, as `has_failed` says from its own word, ended badly.
         """
 
+    def stop(self, process: "subprocess.Popen[bytes]", number: int) -> None:
+        """Passes on that the ranks are to stop."""
+        process.send_signal(number)
+
     def left_s(self) -> float | None:
         """Until the time limit; None: no limit, or not known."""
         return None
@@ -78,7 +87,7 @@ class Here(Starter):
 
     on_terminal: bool = False
     cuda_visible_devices: str | None = None
-    """Of the submitter, since submitit's local executor hides all GPUs; empty: all; None: as in this process."""
+    """Of the submitter, since submitit's local executor hides all GPUs; ALL: it was not set; None: as it is here."""
 
     @property
     def job(self) -> str:
@@ -90,9 +99,9 @@ class Here(Starter):
         command = rank_command([sys.executable], stage, ends.absolute(), "127.0.0.1", free_port())
         processes = []
         environment = dict(os.environ)
-        if self.cuda_visible_devices is not None:
+        if self.cuda_visible_devices == ALL:
             environment.pop("CUDA_VISIBLE_DEVICES", None)
-        if self.cuda_visible_devices:
+        elif self.cuda_visible_devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
         for rank in range(stage.num_ranks):
             who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stage.num_ranks)}
@@ -153,7 +162,7 @@ class InSlurm(Starter):
     def command(self, stage: Stage, ends: Path, address: str, port: int | str) -> list[str]:
         """The srun command line."""
         return [
-            "srun",
+            *("srun", "--export=ALL"),
             *(f"--nodes={stage.nodes}", f"--ntasks={stage.num_ranks}", f"--ntasks-per-node={stage.ranks_per_node}"),
             f"--cpus-per-task={stage.cpus_per_rank}",  # from Slurm 22.05 on it is not taken over from the job
             *("--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append"),
@@ -164,14 +173,19 @@ class InSlurm(Starter):
 
     def wait(self, processes: Processes, has_failed: Callable[[], bool]) -> list[int]:
         """Until srun has ended, which it doesn't by itself where a node was started anew behind Slurm's back."""
-        deadline = None
+        deadline, looked = None, time.monotonic()
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_S)
-            if deadline is None and has_failed():
-                deadline = time.monotonic() + SRUN_PATIENCE_S
+            if deadline is None and time.monotonic() - looked > LOOK_EVERY_S:
+                looked = time.monotonic()
+                deadline = looked + SRUN_PATIENCE_S if has_failed() else None
             if deadline is not None and time.monotonic() > deadline:
                 return []
         return [process.wait() for process in processes]
+
+    def stop(self, process: "subprocess.Popen[bytes]", number: int) -> None:
+        """Through srun, which passes USR2 on, but takes TERM for an order to kill."""
+        process.send_signal(signal.SIGUSR2)
 
     def left_s(self) -> float | None:
         """As squeue says."""
@@ -180,11 +194,11 @@ class InSlurm(Starter):
 
     def is_cancelled(self) -> bool:
         """Whether someone has used scancel."""
-        return slurm.is_cancelled(self.job, self.allocation)
+        return slurm.is_cancelled(slurm.job_fields(self.job), self.allocation)
 
     def requeue(self) -> str | None:
         """Through scontrol."""
-        return slurm.requeue(self.job)
+        return slurm.requeue(self.job, self.allocation)
 
 
 def rank_command(python: Sequence[str], stage: Stage, ends: Path, address: str, port: int | str) -> list[str]:

@@ -30,7 +30,7 @@ class Status:
     stage: str
     job: str
     state: str
-    """waiting, running, stale, done, failed, cancelled, stopped, vanished."""
+    """waiting, running, stale, cancelling, done, failed, cancelled, stopped, vanished."""
     attempt: int
     step: int | None = None
     num_steps: int | None = None
@@ -110,10 +110,10 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
     ended = last is not None and last.next == "end"
     if last is not None and ended and last.outcome == "done":
         return "done", ""
-    if record.cancelled:
-        return "cancelled", last.why if last is not None and ended else "cancelled"
     if last is not None and ended:
         return (last.outcome if last.outcome in ("stopped", "cancelled") else "failed"), last.why
+    if record.cancelled:
+        return ("cancelling", "told to leave") if is_there(record, views) else ("cancelled", "")
     before = why_before(record)
     if record.facts().get("cluster") != "slurm":
         return state_here(run, record, before)
@@ -128,11 +128,20 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
             state, why = state_of_running(run, record, before)
             return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
         return "waiting", "Slurm's controller doesn't answer" if views.queue is None else "it is being cleaned up"
+    if told == "COMPLETED":
+        return "running", "it has just ended"
     if told == "CANCELLED":
         before_it = "" if record.attempts else ", perhaps since the stage before it didn't succeed"
         return "cancelled", f"cancelled through Slurm{before_it}"
     what = f"Slurm's accounting says {told}" if told else "Slurm knows nothing of it any more"
     return "vanished", f"not in the queue, and no rank of its last attempt left word; {what}: submit the same again"
+
+
+def is_there(record: Record, views: Views) -> bool:
+    """Whether the queue has the job, or this machine the process."""
+    if record.facts().get("cluster") != "slurm":
+        return record.process() is not None or record.facts().get("host") != socket.gethostname()
+    return views.queue is None or record.job in views.queue
 
 
 def state_here(run: RunDir, record: Record, before: str) -> tuple[str, str]:

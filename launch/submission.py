@@ -1,7 +1,9 @@
 """From a configuration to jobs: what is checked before anything is queued, and what is queued."""
 
 import argparse
+import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from cxr_vae.config import Config, check_batch
+from cxr_vae.config import Config, ResourcesConfig, check_batch
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
@@ -45,7 +47,7 @@ class Submission:
         sbatch = dict(item.partition("=")[::2] for item in arguments.sbatch)
         if not all(sbatch.values()):
             raise UserError("--sbatch takes KEY=VALUE, as in --sbatch partition=gpu")
-        where = arguments.cluster or ("slurm" if arguments.profile or slurm.controller_answers() else "local")
+        where = arguments.cluster or choose_cluster(arguments.profile)
         if where != "slurm" and config.resources.nodes > 1:
             raise UserError(f"resources.nodes={config.resources.nodes}: this is one machine; use --cluster slurm")
         profile = load_profile(arguments.profile if where == "slurm" else None)
@@ -115,6 +117,15 @@ class Submission:
             check_shared(Path(self.config.data.shards))
 
 
+def choose_cluster(profile: str | None) -> str:
+    """Slurm where its controller answers or a profile is named, else this machine; UserError where it is unclear."""
+    if profile is not None or slurm.controller_answers():
+        return "slurm"
+    if shutil.which("sbatch") is not None:
+        raise UserError("Slurm is here but its controller doesn't answer: name --cluster slurm, local or inline")
+    return "local"
+
+
 def check_shared(path: Path) -> None:
     """UserError where a path is surely one of this machine only."""
     whole = path.absolute()
@@ -127,6 +138,7 @@ def check_shared(path: Path) -> None:
         )
 
 
+@functools.cache
 def count_gpus() -> int:
     """GPUs torch sees; asked in another process, since importing it takes seconds and memory."""
     code = "import torch; print(torch.cuda.is_available() * torch.cuda.device_count())"
@@ -134,10 +146,21 @@ def count_gpus() -> int:
     return int(answer.stdout)
 
 
+def is_size(key: str) -> bool:
+    """Whether an option, perhaps without its section, is one that a sweep can't vary."""
+    return key == "run_dir" or key.rpartition(".")[2] in ResourcesConfig.model_fields
+
+
 def sweep(arguments: argparse.Namespace) -> int:
     """`cxr-launch sweep`: an array of trainings, and the table of their results when all have ended."""
     grid = grid_of(arguments.overrides, arguments.grid)
     runs = combinations(grid)
+    names = [name_of(overrides, grid) for overrides in runs]
+    if len(set(names)) < len(names):
+        raise UserError("two runs of this sweep would have the same directory: name values that differ")
+    sizes = [key for key, values in grid.items() if len(values) > 1 and is_size(key)]
+    if sizes:
+        raise UserError(f"{sizes[0]}: all runs of a sweep have the same size, and a directory of their own")
     base = Submission.of(arguments, runs[0])
     folder = Path(base.config.run_dir)
     stages, submissions = [], []

@@ -21,6 +21,12 @@ from launch.starters import Processes, Starter
 MAX_CRASHES = 2
 """In a row without progress: then it is no accident."""
 
+MAX_FRUITLESS = 20
+"""Attempts in a row of whatever end without progress."""
+
+VISIBLE_S = 60.0
+"""Until a network file system shows here what was written on another node."""
+
 MAX_LOSSES = 10
 """In a row without progress, of ranks that were never heard of: a node that is down may be given again a few times."""
 
@@ -39,6 +45,8 @@ class Supervisor:
     starter: Starter
     margin_s: float = 0.0
     _children: Processes = ()
+    _told: int = 0
+    """The last signal that came."""
 
     def run(self) -> int:
         """The job's exit code: 0 done, 2 a mistake of the user's, 75 stopped, 1 anything else."""
@@ -52,6 +60,8 @@ class Supervisor:
                 following = record.attempts[-1].next
                 if following == "again":
                     time.sleep(PAUSE_S)
+                    if self._told and not self.starter.can_requeue:
+                        return STOPPED_EXIT_CODE
                 elif following == "requeue":
                     return self.requeue(record)
                 else:
@@ -65,8 +75,18 @@ class Supervisor:
             say(f"── {stage.name}, attempt {attempt.number} on {attempt.host}{stage.describe_progress()}")
         ends = record.ranks(attempt.number)
         self._children = self.starter.start(stage, ends)
-        codes = self.starter.wait(self._children, lambda: any(end.code for end in record.rank_ends(attempt.number)))
-        outcome, why = judge(record.rank_ends(attempt.number), stage.num_ranks, codes)
+        if self._told:  # while nobody was there to be told
+            self._stop()
+
+        def ended() -> list[RankEnd]:
+            return record.rank_ends(attempt.number, stage.num_ranks)
+
+        codes = self.starter.wait(self._children, lambda: any(end.code for end in ended()))
+        deadline = time.monotonic() + (VISIBLE_S if codes and not any(codes) else 0)
+        outcome, why = judge(ended(), stage.num_ranks, codes)
+        while outcome == "lost" and time.monotonic() < deadline:
+            time.sleep(1)  # all went well: what ranks of other nodes wrote is not to be seen here yet
+            outcome, why = judge(ended(), stage.num_ranks, codes)
         if outcome != "done" and (record.cancelled or self.starter.is_cancelled()):
             outcome = "cancelled"
         near_limit = outcome != "done" and self.is_near_limit()
@@ -85,12 +105,16 @@ class Supervisor:
         left = self.starter.left_s()
         return left is not None and left <= self.margin_s
 
+    def _stop(self) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                self.starter.stop(child, self._told)
+
     def requeue(self, record: Record) -> int:
         """Leaves the rest to the next start of this job."""
         trouble = self.starter.requeue()
         if trouble is not None:
-            if self.starter.is_cancelled():
-                return STOPPED_EXIT_CODE
+            record.end("stopped", f"it can't go back into the queue: {trouble}", self.stage.progress(), "end")
             say(f"── this job can't go back into the queue ({trouble}): submit the same again, it goes on where it was")
             return 1
         say("── back into the queue")
@@ -100,9 +124,8 @@ class Supervisor:
     @contextlib.contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
         def handle(number: int, frame: FrameType | None) -> None:
-            for child in self._children:
-                if child.poll() is None:
-                    child.send_signal(number)
+            self._told = number
+            self._stop()
 
         previous = {number: signal.signal(number, handle) for number in SIGNALS}
         try:
@@ -129,7 +152,7 @@ def judge(ends: Sequence[RankEnd], num_ranks: int, codes: Sequence[int]) -> tupl
     if not ends:  # none could leave a word, as on a full disk
         code = max(codes, key=abs)
         known = {0: "done", 2: "mistake", STOPPED_EXIT_CODE: "stopped"}
-        return known.get(code, "lost"), f"exit code {code}, and no rank left word"
+        return known.get(code, "crashed"), f"exit code {code}, and no rank left word: see the job's log"
     if not failed:
         return "lost", f"{silent} of {num_ranks} ranks left no word"
     first = failed[0]
@@ -157,25 +180,25 @@ def decide(attempts: Sequence[Attempt], *, can_requeue: bool, near_limit: bool) 
         here = [attempt for attempt in attempts if attempt.allocation == last.allocation]
         if near_limit and not any(attempt.advanced for attempt in here):
             return "end", "a whole time limit brought it no step further: raise resources.hours"
+    outcomes = fruitless(attempts)
+    limits = {"crashed": MAX_CRASHES, "lost": MAX_LOSSES}
+    if len(outcomes) >= MAX_FRUITLESS or any(outcomes.count(one) >= limit for one, limit in limits.items()):
+        return "end", f"{len(outcomes)} times in a row without progress: see the ranks' logs"
+    if last.outcome == "stopped":
         return "requeue", ""
-    limit = MAX_CRASHES if last.outcome == "crashed" else MAX_LOSSES
-    if fruitless(attempts) >= limit:
-        return "end", f"{limit} times in a row without progress: see the ranks' logs"
     if can_requeue and (near_limit or last.outcome == "lost"):
         return "requeue", ""
     return "again", ""
 
 
-def fruitless(attempts: Sequence[Attempt]) -> int:
-    """How many attempts at the end ended like the last one and brought nothing; those that were cut off don't count."""
-    count = 0
+def fruitless(attempts: Sequence[Attempt]) -> list[str]:
+    """The outcomes of those since the last that brought the stage on; those that were cut off don't count."""
+    outcomes: list[str] = []
     for attempt in reversed(attempts):
-        if attempt.outcome is None:
-            continue
-        if attempt.outcome != attempts[-1].outcome or attempt.advanced:
+        if attempt.advanced:
             break
-        count += 1
-    return count
+        outcomes += [attempt.outcome] if attempt.outcome else []
+    return outcomes
 
 
 def say(text: str) -> None:

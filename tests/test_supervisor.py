@@ -38,7 +38,7 @@ def test_every_rank_has_its_say_and_the_first_to_end_tells_why(codes: tuple[int 
     assert judge(ends(*codes), 2, [0])[0] == outcome
 
 
-@pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (2, "mistake"), (75, "stopped"), (137, "lost")])
+@pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (2, "mistake"), (75, "stopped"), (137, "crashed")])
 def test_without_a_word_from_any_rank_the_exit_code_counts(code: int, outcome: str) -> None:
     assert judge([], 4, [code])[0] == outcome
 
@@ -57,7 +57,9 @@ def following(*seen: tuple[str | None, int, int], near_limit: bool = False) -> s
 
 def test_what_is_stopped_goes_back_into_the_queue_any_number_of_times() -> None:
     assert following(("stopped", 0, 0)) == "requeue"
-    assert following(*[("stopped", 0, 0)] * 50) == "requeue"  # thrown out before the first step, again and again
+    assert following(*[("stopped", 0, 0)] * 19) == "requeue"  # thrown out before the first step, again and again
+    assert following(*[("stopped", 0, 0)] * 20) == "end"
+    assert following(*[("stopped", 0, 0), ("lost", 0, 0)] * 10) == "end"
     assert following(*[("stopped", step, step + 1) for step in range(50)], near_limit=True) == "requeue"
 
 
