@@ -110,7 +110,7 @@ class Trial:
         found = []
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            if what in words and any(str(self.run_dir) in word for word in words):
+            if what in words and words[0] != "srun" and any(str(self.run_dir) in word for word in words):
                 found.append(process)
         return found
 

@@ -27,7 +27,7 @@ class Launcher:
     def __call__(self, *arguments: object, **extra: str) -> "subprocess.CompletedProcess[str]":
         call = command("cxr-launch", *arguments)
         return subprocess.run(
-            call, env=self.cluster.env | extra, capture_output=True, text=True, check=False, timeout=120
+            call, env=self.cluster.env | extra, capture_output=True, text=True, check=False, timeout=280
         )
 
     def submit(self, *arguments: object, **extra: str) -> list[str]:
