@@ -118,11 +118,13 @@ class Submission:
 
 
 def choose_cluster(profile: str | None) -> str:
-    """Slurm where its controller answers or a profile is named, else this machine; UserError where it is unclear."""
+    """Slurm where its controller answers or a profile is named, else this machine."""
     if profile is not None or slurm.controller_answers():
         return "slurm"
     if shutil.which("sbatch") is not None:
-        raise UserError("Slurm is here but its controller doesn't answer: name --cluster slurm, local or inline")
+        print(
+            "warning: Slurm's controller doesn't answer, so this machine is taken; or name --cluster", file=sys.stderr
+        )
     return "local"
 
 
