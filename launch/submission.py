@@ -123,7 +123,7 @@ def choose_cluster(profile: str | None) -> str:
         return "slurm"
     if shutil.which("sbatch") is not None:
         print(
-            "warning: Slurm's controller doesn't answer, so this machine is taken; or name --cluster", file=sys.stderr
+            "warning: Slurm's controller doesn't answer: this machine it is; --cluster names another", file=sys.stderr
         )
     return "local"
 
