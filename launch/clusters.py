@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ YEAR_MIN = 365 * 24 * 60
 
 REPORT_MIN = 30
 """Time limit of a report, which takes seconds."""
+
+USERS_OWN = ("account", "partition", "qos", "reservation", "constraint")
+"""Options that people set once for all, such as by SBATCH_ACCOUNT in their shell's start-up file."""
 
 SETTLING_S = 1.5
 """Until a job that was just queued has a reason for waiting."""
@@ -75,6 +78,10 @@ class Cluster(ABC):
     @abstractmethod
     def describe(self, stages: Sequence[Stage]) -> str:
         """What `submit` would submit, word for word as far as it can be known before."""
+
+    def describe_sweep(self, stages: Sequence[Stage], table: Stage) -> str:
+        """The same of `submit_sweep`."""
+        return self.describe([*stages, table])
 
     @abstractmethod
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
@@ -171,17 +178,29 @@ class Slurm(Cluster):
 
     def describe(self, stages: Sequence[Stage]) -> str:
         """The sbatch scripts and the srun that each runs."""
+        after = [None, *(f"afterok:<job id of {stage.name}>" for stage in stages)]
+        folders = [stage.run_dir.jobs / "submitit" for stage in stages]
+        return "\n".join(map(self._script, stages, folders, map(self.parameters, stages, after)))
+
+    def describe_sweep(self, stages: Sequence[Stage], table: Stage) -> str:
+        """One script for all of the array, with the srun of its first task, and that of the table."""
+        folder, parameters = table.run_dir.jobs / "submitit", self.sweep_parameters(stages, table)
+        last = self.parameters(table, "afterany:<job id of the array>")
+        return "\n".join(
+            [
+                self._script(stages[0], folder, parameters | {"map_count": len(stages)}),
+                *("# the other tasks: " + shlex.join(["cxr-vae", *stage.arguments]) for stage in stages[1:]),
+                "\n" + self._script(table, folder, last),
+            ]
+        )
+
+    def _script(self, stage: Stage, folder: Path, parameters: dict[str, Any]) -> str:
         from submitit.slurm.slurm import _make_sbatch_string
 
-        scripts = []
-        for number, stage in enumerate(stages):
-            folder = stage.run_dir.jobs / "submitit"
-            after = f"afterok:<job id of {stages[number - 1].name}>" if number else None
-            command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-            script = _make_sbatch_string(command=command, folder=folder, **self.parameters(stage, after))
-            srun = self.starter.command(stage, Path("<record>"), "<first node>", "<port>")
-            scripts.append(f"# {stage.name}\n{script}\n# … which runs on the nodes\n#   {shlex.join(srun)}\n")
-        return "\n".join(scripts)
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        script = _make_sbatch_string(command=command, folder=folder, **parameters)
+        srun = self.starter.command(stage, Path("<record>"), "<first node>", "<port>")
+        return f"# {stage.name}\n{script}\n# … which runs on the nodes\n#   {shlex.join(srun)}\n"
 
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
         """Queues the chain."""
@@ -204,12 +223,9 @@ class Slurm(Cluster):
 
     def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
         """A job array, and a job for the table that waits until all of it has ended."""
-        executor = self._executor(table.run_dir.jobs / "submitit", stages[0], None)
-        more = executor.parameters["additional_parameters"]
-        more["output"] = str(table.run_dir.logs.absolute() / f"{table.run.name}-train-%A_%a-job.log")
-        executor.update_parameters(job_name=f"{table.run.name}-train", additional_parameters=more)
+        executor = self._executor(table.run_dir.jobs / "submitit", self.sweep_parameters(stages, table))
         jobs = []
-        with slurms_words(stages[0]), executor.batch():
+        with slurms_words(stages[0], self.options), executor.batch():
             jobs += [executor.submit(self.job([stage])) for stage in stages]
         for stage, job in zip(stages, jobs, strict=True):
             self.record(stage, job.job_id, facts)
@@ -252,31 +268,41 @@ class Slurm(Cluster):
             "additional_parameters": more,
         }
 
+    def sweep_parameters(self, stages: Sequence[Stage], table: Stage) -> dict[str, Any]:
+        """The same of the array, whose tasks have the size of the first one's."""
+        parameters = self.parameters(stages[0], None)
+        log = table.run_dir.logs.absolute() / f"{table.run.name}-train-%A_%a-job.log"
+        more = parameters["additional_parameters"] | {"output": str(log)}
+        return parameters | {"job_name": f"{table.run.name}-train", "additional_parameters": more}
+
     def submit_one(self, stage: Stage, after: str | None = None) -> str:
         """Queues one job; returns its id."""
-        with slurms_words(stage):
-            job = self._executor(stage.run_dir.jobs / "submitit", stage, after).submit(self.job([stage]))
-        return str(job.job_id)
+        with slurms_words(stage, self.options):
+            executor = self._executor(stage.run_dir.jobs / "submitit", self.parameters(stage, after))
+            return str(executor.submit(self.job([stage])).job_id)
 
-    def _executor(self, folder: Path, stage: Stage, after: str | None) -> Any:
+    def _executor(self, folder: Path, parameters: dict[str, Any]) -> Any:
         import submitit
 
         if not slurm.controller_answers():
             raise UserError("no Slurm controller answers here: run this on a login node, or use --cluster local")
-        for directory in (stage.run_dir.logs, folder.parent.parent / "logs"):
-            directory.mkdir(parents=True, exist_ok=True)
+        Path(parameters["additional_parameters"]["output"]).parent.mkdir(parents=True, exist_ok=True)
         executor = submitit.SlurmExecutor(folder)
-        executor.update_parameters(**self.parameters(stage, after))
+        executor.update_parameters(**parameters)
         return executor
 
 
 @contextlib.contextmanager
-def slurms_words(stage: Stage) -> Iterator[None]:
-    """What Slurm refuses is told as Slurm says it; the job's surroundings are not those of a job we are in."""
+def slurms_words(stage: Stage, options: Mapping[str, Any]) -> Iterator[None]:
+    """What Slurm refuses is told as Slurm says it; the job's surroundings are not those of a job we are in.
+
+    Of the user's own settings those remain that `options` don't say: Slurm would prefer them to the script's.
+    """
     import submitit
 
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", *(f"SBATCH_{key.upper()}" for key in USERS_OWN if key not in options)}
     inside = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")
-    hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith(inside) and key != "SLURM_CONF"}
+    hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith(inside) and key not in kept}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error holds
             yield

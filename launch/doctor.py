@@ -327,7 +327,7 @@ class Trial:
         executor = submitit.SlurmExecutor(self.stage.run_dir.jobs / "submitit")
         executor.update_parameters(**parameters)
         self.waiting_at = time.time()
-        with slurms_words(self.stage):
+        with slurms_words(self.stage, self.cluster.options):
             return str(
                 executor.submit(Probe(self.stage, self.cluster.starter.python, self.cluster.starter.srun)).job_id
             )

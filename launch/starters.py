@@ -154,8 +154,9 @@ class InSlurm(Starter):
     def start(self, stage: Stage, ends: Path) -> Processes:
         """Starts srun; one rank that ends badly ends the others."""
         environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-        if self.python:  # an installation in this Python's own environment is not the container's
-            environment["PYTHONPATH"] = str(Path(launch.__file__).parents[1])
+        checkout = Path(launch.__file__).parents[1]
+        if self.python and (checkout / "pyproject.toml").is_file():  # a container has its packages, but not this code
+            environment["PYTHONPATH"] = str(checkout)
         stage.run_dir.logs.mkdir(parents=True, exist_ok=True)
         return [subprocess.Popen(self.command(stage, ends.absolute(), own_address(), free_port()), env=environment)]
 

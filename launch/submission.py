@@ -178,7 +178,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         submissions.append(one)
     table = Stage("report", ("report", str(folder)), run=folder, output=folder)
     if arguments.dry_run:
-        print(base.cluster.describe([*stages, table]))
+        print(base.cluster.describe_sweep(stages, table))
         return 0
     for one, stage in zip(submissions, stages, strict=True):
         stage.run_dir.jobs.mkdir(parents=True, exist_ok=True)

@@ -204,10 +204,12 @@ class TestDryRun:
         shard, train, evaluate, report = scripts
         for script in scripts:
             assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-            for option in ("--qos=a", "--comment=x", "--time=120", "--mem=64G", "--requeue", "--signal=USR2@120"):
+            for option in ("--qos=a", "--comment=x", "--mem=64G", "--requeue", "--signal=USR2@120"):
                 assert f"#SBATCH {option}\n" in script
             assert "module load x\n" in script
             assert "--kill-on-bad-exit=1" in script
+        for script, minutes in ((shard, 120), (train, 120), (evaluate, 120), (report, 30)):
+            assert f"#SBATCH --time={minutes}\n" in script
         assert "--nodes=1" in shard
         assert "gres" not in shard + report
         assert "--cpus-per-task=32" in shard  # one task with the cores of a machine's ranks
@@ -219,6 +221,21 @@ class TestDryRun:
         assert "kill-on-invalid-dep=yes" in train
         assert "afterok:<job id of train>" in evaluate
         assert "#SBATCH --nodes=1" in evaluate
+        assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
+
+    def test_for_a_sweep_it_prints_the_array_and_the_table(self, shards: Path, tmp_path: Path) -> None:
+        (tmp_path / "cluster.yaml").write_text("shared_disks: true")
+        told = ["configs/reference.yaml", *TINY, f"data.shards={shards}", f"run_dir={tmp_path / 's'}", "lr=1e-3,1e-4,2e-4"]
+        result = launch("sweep", *told, "--profile", tmp_path / "cluster.yaml", "--dry-run", cluster="slurm")
+        assert result.returncode == 0, result.stderr
+        array, table = result.stdout.split("#!/bin/bash")[1:]
+        assert "#SBATCH --array=0-2%3\n" in array
+        assert f"#SBATCH --output={tmp_path}/s/logs/s-train-%A_%a-job.log\n" in array
+        assert "dependency" not in array
+        for rate in ("1e-3", "1e-4", "2e-4"):
+            assert f"train {tmp_path}/s/lr={rate}/jobs/train.yaml\n" in array
+        assert "afterany:<job id of the array>" in table
+        assert table.rstrip().endswith(f"-m cxr_vae report {tmp_path / 's'}")
         assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
 
 

@@ -58,6 +58,7 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed: Path) -> None:
     expected = {
         *("config.yaml", "environment.json", "hyperparameters.json", "metrics.jsonl", "speed.jsonl", "tensorboard"),
         *("checkpoints", "samples", "reconstructions", "loss_curves.png", "vae_final.safetensors", ".lock"),
+        "heartbeat.json",
     }
     assert {path.name for path in undisturbed.iterdir()} == expected
     assert [path.name for path in sorted((undisturbed / "samples").iterdir())] == ["epoch_0004.png", "epoch_0008.png"]
