@@ -20,6 +20,16 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW_FILES = ("slurm", "train", "faults", "sbatch", "launch", "evaluate", "metrics", "guard", "run_export", "doctor")
+"""The slowest first: each file runs in one process, and the last must not be a long one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of SLOW_FILES, then the others."""
+    order = {f"test_{name}": place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """In CI nothing may be skipped: its machine can run every test."""

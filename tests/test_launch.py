@@ -225,7 +225,13 @@ class TestDryRun:
 
     def test_for_a_sweep_it_prints_the_array_and_the_table(self, shards: Path, tmp_path: Path) -> None:
         (tmp_path / "cluster.yaml").write_text("shared_disks: true")
-        told = ["configs/reference.yaml", *TINY, f"data.shards={shards}", f"run_dir={tmp_path / 's'}", "lr=1e-3,1e-4,2e-4"]
+        told = [
+            "configs/reference.yaml",
+            *TINY,
+            f"data.shards={shards}",
+            f"run_dir={tmp_path / 's'}",
+            "lr=1e-3,1e-4,2e-4",
+        ]
         result = launch("sweep", *told, "--profile", tmp_path / "cluster.yaml", "--dry-run", cluster="slurm")
         assert result.returncode == 0, result.stderr
         array, table = result.stdout.split("#!/bin/bash")[1:]
@@ -235,7 +241,7 @@ class TestDryRun:
         for rate in ("1e-3", "1e-4", "2e-4"):
             assert f"train {tmp_path}/s/lr={rate}/jobs/train.yaml\n" in array
         assert "afterany:<job id of the array>" in table
-        assert table.rstrip().endswith(f"-m cxr_vae report {tmp_path / 's'}")
+        assert table.rstrip().endswith(f" report {tmp_path / 's'}")
         assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
 
 
