@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,11 +145,13 @@ def test_mistakes_are_told_in_one_sentence(slurm_cluster: SlurmCluster, tmp_path
     port = (slurm_cluster.folder / "port_base").read_text().strip()
     new = SlurmCluster(tmp_path / "new", slurm_cluster.env)
     check_sentence(new.control("up", "--port-base", port), port, "not all free", program="local_cluster")
+    deep = SlurmCluster(tmp_path / ("x" * 60), slurm_cluster.env)
+    check_sentence(deep.control("up"), "at most 65 of the characters", program="local_cluster")
 
 
-def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmCluster) -> None:
     pause = f"98765.2{os.getpid()}"
-    with local_cluster(tmp_path / "second") as second:
+    with tempfile.TemporaryDirectory() as folder, local_cluster(Path(folder)) as second:
         own, other = second.submit(f"sleep {pause}", "--output=/dev/null"), marked(slurm_cluster.folder)
         wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause))
         start = time.monotonic()

@@ -95,8 +95,8 @@ def test_a_pipeline_on_two_nodes_is_that_of_one_machine(launch: Launcher, source
     assert len(jobs) == 4
     run = tmp_path / "slurm/run"
     before = launch.status(run)
-    assert before["run/train"]["state"] == "waiting"
-    assert "Dependency" in before["run/train"]["why"]
+    assert before["run/evaluate"]["state"] == "waiting"
+    assert "Dependency" in before["run/evaluate"]["why"]
     followed = launch("logs", run, "--follow").stdout
     assert "score_random" in followed
     assert {one["state"] for one in launch.status(run).values()} == {"done"}
