@@ -49,9 +49,9 @@ type: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules slurm/local_cluster
 
-# Four files at once, since much is waiting; with more than one thread in each they would wait for one another most of the time.
+# Three files at once; with more than one thread in each they would wait for one another most of the time.
 test-only: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 clean:
 	rm -rf demo

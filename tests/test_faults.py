@@ -13,6 +13,8 @@ import pytest
 
 from tests.helpers import environment
 
+pytestmark = pytest.mark.timeout(600)  # a limit for what hangs, on a machine where others work too
+
 
 def benchmark(name: str, *arguments: str, missed: bool = False) -> str:
     """What it prints; where a target of time may be `missed`, since others work on this machine, too."""
@@ -22,7 +24,6 @@ def benchmark(name: str, *arguments: str, missed: bool = False) -> str:
     return result.stdout
 
 
-@pytest.mark.timeout(400)
 def test_every_kind_of_kill_once(shards: Path) -> None:
     told = benchmark("faults", "--kills=12", "--kills-a-run=6", f"--shards={shards}")
     assert "12 of 12 kills in runs that ended equal, bit for bit" in told

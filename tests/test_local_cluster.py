@@ -133,7 +133,12 @@ def test_the_controller_stops_and_starts(slurm_cluster: SlurmCluster) -> None:
     assert slurm_cluster.run("srun", "hostname") == "node1\n"
 
 
-def test_mistakes_are_told_in_one_sentence(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_one_sentence(slurm_cluster: SlurmCluster) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # a short path
+        see_mistakes(slurm_cluster, Path(folder))
+
+
+def see_mistakes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     check_sentence(slurm_cluster.control("kill-node", "node3"), "'node3'", "node1", program="local_cluster")
     (tmp_path / "etc").mkdir()
     other = SlurmCluster(tmp_path, slurm_cluster.env)

@@ -110,22 +110,22 @@ def test_killed_at_random_and_started_again_it_ends_the_same_bit_for_bit(
     assert_same_result(run, undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_makes_it_save_and_leave_and_the_end_is_the_same(
-    shards: Path, undisturbed: Path, tmp_path: Path
+    shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
     call = command("cxr-vae", *arguments(shards, run, *LONG))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        goal = len(read_records(run / "metrics.jsonl")) + 6
-        process = subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, text=True)
-        while len(read_records(run / "metrics.jsonl")) < goal:
-            time.sleep(0.01)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == STOPPED_EXIT_CODE == 75, number
-        assert f"({number.name}); the same command goes on from there" in out
-        stopped_at = read_records(run / "metrics.jsonl")[-1]["step"]
-        assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step-{stopped_at:010d}"
+    process = subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, text=True)
+    while len(read_records(run / "metrics.jsonl")) < 9:
+        assert process.poll() is None, "it ended before it could be told to stop"
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED_EXIT_CODE == 75
+    assert f"({number.name}); the same command goes on from there" in out
+    stopped_at = read_records(run / "metrics.jsonl")[-1]["step"]
+    assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step-{stopped_at:010d}"
     assert subprocess.run(call, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0
     assert_same_result(run, undisturbed)
 
