@@ -178,12 +178,10 @@ def end_jobs(records: Sequence[Record]) -> str | None:
     trouble = trouble and f"Slurm says: {trouble}"
     for record in records:
         process, host = record.process(), record.facts().get("host")
-        if process is not None:
-            if any(
-                attempt.ended is None for attempt in record.attempts[-1:]
-            ):  # else its turn hasn't come: the mark does
-                process.terminate()
-        elif record.job not in queued and host != socket.gethostname():
+        has_begun = any(attempt.ended is None for attempt in record.attempts[-1:])
+        if process is not None and has_begun:  # else its turn hasn't come, and the mark is enough
+            process.terminate()
+        elif process is None and record.job not in queued and host != socket.gethostname():
             trouble = f"job {record.job} runs on {host}: cancel it there"
     return trouble
 

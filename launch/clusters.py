@@ -225,7 +225,7 @@ class Slurm(Cluster):
         """A job array, and a job for the table that waits until all of it has ended."""
         executor = self._executor(table.run_dir.jobs / "submitit", self.sweep_parameters(stages, table))
         jobs = []
-        with slurms_words(stages[0], self.options), executor.batch():
+        with submitting(stages[0], self.options), executor.batch():
             jobs += [executor.submit(self.job([stage])) for stage in stages]
         for stage, job in zip(stages, jobs, strict=True):
             self.record(stage, job.job_id, facts)
@@ -277,7 +277,7 @@ class Slurm(Cluster):
 
     def submit_one(self, stage: Stage, after: str | None = None) -> str:
         """Queues one job; returns its id."""
-        with slurms_words(stage, self.options):
+        with submitting(stage, self.options):
             executor = self._executor(stage.run_dir.jobs / "submitit", self.parameters(stage, after))
             return str(executor.submit(self.job([stage])).job_id)
 
@@ -293,7 +293,7 @@ class Slurm(Cluster):
 
 
 @contextlib.contextmanager
-def slurms_words(stage: Stage, options: Mapping[str, Any]) -> Iterator[None]:
+def submitting(stage: Stage, options: Mapping[str, Any]) -> Iterator[None]:
     """What Slurm refuses is told as Slurm says it; the job's surroundings are not those of a job we are in.
 
     Of the user's own settings those remain that `options` don't say: Slurm would prefer them to the script's.

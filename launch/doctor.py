@@ -17,7 +17,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.run_dir import git_revision
 from launch import probe, slurm
-from launch.clusters import Slurm, slurms_words
+from launch.clusters import Slurm, submitting
 from launch.logs import Tail
 from launch.probe import FAIL, OK, WARN, Finding, Probe, Words, counted
 from launch.profiles import Profile, gpus_of, load_profile, sbatch_options, shape_of
@@ -327,7 +327,7 @@ class Trial:
         executor = submitit.SlurmExecutor(self.stage.run_dir.jobs / "submitit")
         executor.update_parameters(**parameters)
         self.waiting_at = time.time()
-        with slurms_words(self.stage, self.cluster.options):
+        with submitting(self.stage, self.cluster.options):
             return str(
                 executor.submit(Probe(self.stage, self.cluster.starter.python, self.cluster.starter.srun)).job_id
             )

@@ -22,6 +22,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 """Variables that must not come from wherever the job was submitted."""
 
 ALL = "all"
+"""In place of a CUDA_VISIBLE_DEVICES that was not set."""
 
 POLL_S = 0.2
 

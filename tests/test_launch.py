@@ -12,6 +12,8 @@ import pytest
 
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.manifest import published
+from launch.clusters import submitting
+from launch.stages import Stage
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, with_patch
 
 
@@ -243,6 +245,16 @@ class TestDryRun:
         assert "afterany:<job id of the array>" in table
         assert table.rstrip().endswith(f" report {tmp_path / 's'}")
         assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
+
+
+def test_what_people_set_once_for_all_holds_where_the_profile_says_nothing(monkeypatch, tmp_path: Path) -> None:
+    ours = {"SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/etc/c"}
+    around = {"SBATCH_PARTITION": "long", "SBATCH_TIMELIMIT": "1", "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}
+    for name, value in (ours | around).items():
+        monkeypatch.setenv(name, value)
+    with submitting(Stage("report", ("report", "run"), run=tmp_path, output=tmp_path), {"partition": "gpu"}):
+        assert {name: os.environ.get(name) for name in ours | around} == ours | dict.fromkeys(around)
+    assert {name: os.environ[name] for name in ours | around} == ours | around
 
 
 class TestMistakes:

@@ -19,6 +19,13 @@ def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmClu
         yield cluster
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """pytest's own are too long for the sockets of a cluster."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def marked(folder: Path) -> list[bytes]:
     """The environments of the processes that carry a cluster's mark."""
     found = []
@@ -133,30 +140,25 @@ def test_the_controller_stops_and_starts(slurm_cluster: SlurmCluster) -> None:
     assert slurm_cluster.run("srun", "hostname") == "node1\n"
 
 
-def test_mistakes_are_told_in_one_sentence(slurm_cluster: SlurmCluster) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # a short path
-        see_mistakes(slurm_cluster, Path(folder))
-
-
-def see_mistakes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_one_sentence(slurm_cluster: SlurmCluster, short_path: Path) -> None:
     check_sentence(slurm_cluster.control("kill-node", "node3"), "'node3'", "node1", program="local_cluster")
-    (tmp_path / "etc").mkdir()
-    other = SlurmCluster(tmp_path, slurm_cluster.env)
-    check_sentence(other.control("up"), str(tmp_path), "not empty", program="local_cluster")
+    (short_path / "etc").mkdir()
+    other = SlurmCluster(short_path, slurm_cluster.env)
+    check_sentence(other.control("up"), str(short_path), "not empty", program="local_cluster")
     check_sentence(other.control("kill-node", "node1"), "no cluster is up", program="local_cluster")
     check_sentence(other.control("env"), "no cluster is up", program="local_cluster")
     assert other.control("down").returncode == 0
-    assert (tmp_path / "etc").exists()
+    assert (short_path / "etc").exists()
     port = (slurm_cluster.folder / "port_base").read_text().strip()
-    new = SlurmCluster(tmp_path / "new", slurm_cluster.env)
+    new = SlurmCluster(short_path / "new", slurm_cluster.env)
     check_sentence(new.control("up", "--port-base", port), port, "not all free", program="local_cluster")
-    deep = SlurmCluster(tmp_path / ("x" * 60), slurm_cluster.env)
+    deep = SlurmCluster(short_path / ("x" * 60), slurm_cluster.env)
     check_sentence(deep.control("up"), "at most 65 of the characters", program="local_cluster")
 
 
-def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmCluster) -> None:
+def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmCluster, short_path: Path) -> None:
     pause = f"98765.2{os.getpid()}"
-    with tempfile.TemporaryDirectory() as folder, local_cluster(Path(folder)) as second:
+    with local_cluster(short_path) as second:
         own, other = second.submit(f"sleep {pause}", "--output=/dev/null"), marked(slurm_cluster.folder)
         wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause))
         start = time.monotonic()
