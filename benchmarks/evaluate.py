@@ -84,7 +84,9 @@ def extraction(num: int) -> str:
                 theirs(block.expand(-1, 3, -1, -1))
             times["ours"].append(middle - start)
             times["torch-fidelity"].append(time.perf_counter() - middle)
-    return f"{ratio(times['torch-fidelity'], times['ours'])}; ours {num / statistics.median(times['ours']):.1f} images/s"
+    return (
+        f"{ratio(times['torch-fidelity'], times['ours'])}; ours {num / statistics.median(times['ours']):.1f} images/s"
+    )
 
 
 def main() -> None:
