@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_vae import __version__
-from cxr_vae.command_line import add_command, add_overrides, parse, positive, rank, run, seed, share
+from cxr_vae.command_line import add_command, add_overrides, deviation, parse, positive, rank, run, seed, share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,6 +213,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--num", type=positive, default=64, help="images")
     parser.add_argument("--out", type=Path, required=True, help="new folder for 000000.png …")
     parser.add_argument("--seed", type=seed, help="of the latents (default: the run's seed)")
+    parser.add_argument("--temperature", type=deviation, default=1.0, help="standard deviation of the latents")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
 
 
@@ -221,7 +222,8 @@ def generate(arguments: argparse.Namespace) -> int:
     from cxr_vae.generate import generate as run_generation
     from cxr_vae.run_dir import RunDir
 
-    run_generation(RunDir(arguments.run), arguments.out, arguments.num, seed=arguments.seed, device=arguments.device)
+    wanted = {name: getattr(arguments, name) for name in ("seed", "device", "temperature")}
+    run_generation(RunDir(arguments.run), arguments.out, arguments.num, **wanted)
     if rank() == 0:
         print(f"{arguments.num} images: {arguments.out}")
     return 0

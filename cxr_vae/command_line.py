@@ -157,6 +157,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def deviation(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError(text)
+    return float(text)
+
+
 def seed(text: str) -> int:
     """A whole number of at least 0."""
     if int(text) < 0:

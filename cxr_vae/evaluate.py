@@ -4,56 +4,39 @@ Every rank makes or reads its part of the images, writes them as PNGs and extrac
 the features in order, computes the figures and writes `evaluation_results.json` last.
 """
 
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from cxr_vae.config import Config
 from cxr_vae.config_file import override_config
-from cxr_vae.console import Progress
-from cxr_vae.dataset import XrayDataset, open_split
-from cxr_vae.distributed import World, world
+from cxr_vae.dataset import open_split
+from cxr_vae.distributed import world
 from cxr_vae.errors import UserError
 from cxr_vae.export import load_vae
 from cxr_vae.features import FeatureNetwork, Features, choose_network, load_network
 from cxr_vae.files import read_json, sha256_of, write_json
-from cxr_vae.generate import claim, my_blocks, sample, write_images
+from cxr_vae.image_sets import ImageSet, cache_folder, extract, generated_images, real_images, reconstructions
 from cxr_vae.index import SplitIndex
-from cxr_vae.metrics import NAMES, Figure, check_counts, compare, inception_score
-from cxr_vae.noise import BLOCK
+from cxr_vae.latent_pictures import save_latent_pictures
+from cxr_vae.likelihood import likelihood_figures, unit_facts
+from cxr_vae.metrics import Figure, called, check_counts, compare, inception_score, mean_figure
 from cxr_vae.run_dir import RunDir
-from cxr_vae.stream import TrainingStream
 
 MAY_OVERRIDE = ("evaluate", "device", "data.shards", "data.workers")
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images to be measured: `fetch(start, stop)` gives (n, 1, H, W) uint8 of those at start…stop of `num`."""
-
-    name: str
-    num: int
-    fetch: Callable[[int, int], Tensor]
-    folder: Path | None
-    """Where they are written as PNGs; None: nowhere."""
-    facts: dict[str, Any]
-    """What they are, for the record."""
 
 
 def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluates a finished run and returns the content of its `evaluation_results.json`.
 
-    A run that was evaluated with the same weights and options already is not evaluated again. Raises UserError where
-    weights (of the run or the feature network), shards or enough images are missing: at the start.
+    A run that was evaluated with the same weights and options already is not evaluated again; one whose evaluation was
+    broken off goes on. Raises UserError where weights (of the run or the feature network), shards or enough images are
+    missing: at the start.
     """
     config = override_config(run.saved_config(), overrides, MAY_OVERRIDE)
     with world(config.device) as here:
@@ -62,11 +45,13 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         num_real = min(config.evaluate.num_real, len(real_index))
         num_floor = min(config.evaluate.num_generated, len(floor_index))
         check_counts(num_real, num_floor, config.evaluate)
-        network_name = here.broadcast(choose_network(config.evaluate.features) if here.is_main else None)
+        name = here.broadcast(choose_network(config.evaluate.features) if here.is_main else None)
+        network = load_network(name, here.device, config.evaluate.features_weights)
+        weights_sha256 = sha256_of(run.weights)
         request = {
-            "run_weights_sha256": sha256_of(run.weights),
+            "run_weights_sha256": weights_sha256,
             "seed": config.seed,
-            "evaluate": config.evaluate.model_dump() | {"features": network_name},
+            "evaluate": config.evaluate.model_dump() | network.facts(),
             "index_hashes": [real_index.content_hash, floor_index.content_hash],
         }
         done = here.broadcast(earlier_results(run, request) if here.is_main else None)
@@ -76,28 +61,35 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
             print(f"the {real_index.split} split has {num_real} images, not {config.evaluate.num_real}: all are used")
 
         started = time.perf_counter()
-        network = load_network(network_name, here.device)
-
-        def draw(start: int, stop: int) -> Tensor:
-            return sample(model, config.seed, start, stop, here.device)
-
-        generated = ImageSet(
-            "generated",
-            config.evaluate.num_generated,
-            draw,
-            run.evaluation / "generated",
-            {"weights_sha256": request["run_weights_sha256"], "seed": config.seed, "prior": "standard normal"},
-        )
-        real = real_images(real_index, num_real, config, run.evaluation / "real")
-        floor = real_images(floor_index, num_floor, config, None)
-        features = [extract(images, network, here) for images in (generated, real, floor)]
+        cache = here.broadcast(usable_cache(run) if here.is_main else None)
+        sets = {
+            "generated": generated_images(run, model, config, weights_sha256, here.device),
+            "reconstructions": reconstructions(real_index, num_real, run, model, config, weights_sha256, here.device),
+            "real": real_images(real_index, num_real, config, run.evaluation / "real", cache),
+            "floor": real_images(floor_index, num_floor, config, None, cache),
+        }
+        found = {name: extract(images, network, here) for name, images in sets.items()}
         if not here.is_main:
             return {}
-        results = results_of((generated, real, floor), features, network, config, request)
+        save_latent_pictures(run.evaluation / "pictures", model, sets["real"], config, here.device)
+        results = results_of(sets, {name: of or {} for name, of in found.items()}, network, config, request)
         results["elapsed_s"] = round(time.perf_counter() - started, 2)
         keep_earlier(run.results)
         write_json(run.results, results)
+        shutil.rmtree(run.evaluation / "features", ignore_errors=True)  # for an evaluation that is broken off
     return results
+
+
+def usable_cache(run: RunDir) -> Path:
+    """Where features of real images are shared among runs; within this one where that can't be written to."""
+    folder = cache_folder() / "features"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError as error:
+        print(f"{folder} can't be written to ({error.strerror}): features of real images are kept in this run only")
+        return run.evaluation / "features"
+    return folder
 
 
 def open_splits(config: Config) -> tuple[SplitIndex, SplitIndex]:
@@ -108,80 +100,64 @@ def open_splits(config: Config) -> tuple[SplitIndex, SplitIndex]:
     return open_split(config.data, names[0]), open_split(config.data, names[1])
 
 
-def real_images(index: SplitIndex, num: int, config: Config, folder: Path | None) -> ImageSet:
-    """The first `num` of a split in an order drawn from the seed."""
-    dataset = XrayDataset(index, in_memory=False, workers=1)
-    rows: npt.NDArray[np.int64] = np.sort(TrainingStream(len(index), config.seed).rows(0, num))
-    facts = {"split": index.split, "index_sha256": index.content_hash, "seed": config.seed}
-    return ImageSet("real", num, lambda start, stop: dataset.images(rows[start:stop]), folder, facts)
-
-
-def extract(images: ImageSet, network: FeatureNetwork, here: World) -> Features | None:
-    """Features of a set in its order, on the first rank; every image once, over all ranks. Writes the PNGs too."""
-    if images.folder and here.is_main:
-        claim(images.folder, images.facts, replace=True)
-        for path in images.folder.glob("*.png"):
-            path.unlink()  # of an earlier, larger or broken-off evaluation
-    here.barrier()
-    what = f"{images.name} images" if images.folder else "floor images"
-    mine: list[tuple[int, Features]] = []
-    with Progress(images.num, what, enabled=here.is_main) as progress, ThreadPoolExecutor(4) as pool:
-        for start in my_blocks(images.num, here):
-            block = images.fetch(start, min(start + BLOCK, images.num))
-            if images.folder:
-                write_images(images.folder, start, block, pool)
-            mine.append((start, network(block)))
-            progress.advance(len(block) * here.size)
-    gathered = here.gather(mine)
-    if gathered is None:
-        return None
-    parts = [features for _, features in sorted(part for rank in gathered for part in rank)]
-    features = Features(torch.cat([part.pooled for part in parts]), torch.cat([part.logits for part in parts]))
-    assert len(features.pooled) == images.num, "an image was missed or counted twice"
-    return features
-
-
 def results_of(
-    sets: Sequence[ImageSet],
-    features: Sequence[Features | None],
+    sets: Mapping[str, ImageSet],
+    found: Mapping[str, Mapping[str, Tensor]],
     network: FeatureNetwork,
     config: Config,
     request: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of evaluation_results.json: figures with interval, floor and counts, and their circumstances."""
-    generated, real, floor = sets
-    of_generated, of_real, of_floor = (one for one in features if one is not None)
-    measured = compare(of_generated, of_real, config.evaluate)
-    floors = (*compare(of_floor, of_real, config.evaluate)[:2], inception_score(of_real, config.evaluate))
+    features = {name: Features(of["pooled"], of.get("logits")) for name, of in found.items()}
+    measured = compare(features["generated"], features["real"], config.evaluate)
+    floors = compare(features["floor"], features["real"], config.evaluate)
+    if "score" in floors:
+        floors["score"] = inception_score(features["real"], config.evaluate)
+    again = compare(features["reconstructions"], features["real"], config.evaluate)
+    of_pixels = {name: mean_figure(found["reconstructions"][name].numpy()) for name in ("psnr_db", "ssim")}
+    likelihood = likelihood_figures(found["reconstructions"], config.data.image_size)
     return {
-        "figures": {
-            name: figure_record(figure, floor_figure)
-            for name, figure, floor_figure in zip(NAMES[network.name], measured, floors, strict=True)
+        "figures": {called(name, network.name): record(figure, floors[name]) for name, figure in measured.items()},
+        "reconstructions": {
+            **sets["reconstructions"].facts,
+            "num": sets["reconstructions"].num,
+            "figures": {called(name, network.name): record(figure) for name, figure in again.items() if name != "score"}
+            | {name: record(figure) for name, figure in of_pixels.items()},
         },
-        "num_generated": generated.num,
-        "num_real": real.num,
+        "likelihood": {name: record(figure) for name, figure in likelihood.items()},
+        "latent": unit_facts(found["reconstructions"]) | {"importance_samples": config.evaluate.importance_samples},
+        **{f"num_{name}": sets[name].num for name in ("generated", "real", "floor")},
         "num_real_wanted": config.evaluate.num_real,
-        "num_floor": floor.num,
-        "generated": generated.facts,
-        "real": real.facts,
-        "floor": floor.facts
+        **{name: sets[name].facts for name in ("generated", "real")},
+        "floor": sets["floor"].facts
         | {"meaning": "real images of this split in place of the generated; for the score, the real images' own"},
-        "interval": "value ± 1.96 standard errors of the delete-half jackknife, at these numbers of images",
+        "interval": "value ± 1.96 standard errors, at these numbers of images: of the delete-half jackknife, or of the "
+        "mean where the figure is one",
+        "is_splits": config.evaluate.is_splits,
+        "kid_subset_size": min(config.evaluate.kid_subset_size, sets["generated"].num, sets["real"].num),
         "features": network.facts(),
         "image_size": config.data.image_size,
-        "versions": {name: version(name) for name in ("cxr-vae", "torch", "torch-fidelity", "numpy")},
+        "versions": {name: version(name) for name in ("cxr-vae", "torch", "torch-fidelity", "torchmetrics", "numpy")},
         "request": request,
     }
 
 
-def figure_record(figure: Figure, floor: Figure) -> dict[str, Any]:
-    """One figure beside its floor."""
-    return {
+def record(figure: Figure, floor: Figure | None = None) -> dict[str, Any]:
+    """One figure, beside its floor where it has one."""
+    of_figure = {
         "value": figure.value,
         "interval_95": list(figure.interval_95),
-        "floor": floor.value,
-        "floor_interval_95": list(floor.interval_95),
+        "standard_error": figure.standard_error,
     }
+    return (
+        of_figure
+        if floor is None
+        else of_figure
+        | {
+            "floor": floor.value,
+            "floor_interval_95": list(floor.interval_95),
+        }
+    )
 
 
 def earlier_results(run: RunDir, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -189,7 +165,7 @@ def earlier_results(run: RunDir, request: dict[str, Any]) -> dict[str, Any] | No
     if not run.results.is_file():
         return None
     results: dict[str, Any] = read_json(run.results, hint="delete it and evaluate again")
-    if results["request"] != request:
+    if results.get("request") != request:
         return None
     print(f"{run.results}: already evaluated so", flush=True)
     return results

@@ -1,6 +1,11 @@
-"""Images to feature vectors, through torch-fidelity's Inception network: what every figure is computed from."""
+"""Images to feature vectors, through torch-fidelity's Inception network or a user's: what figures are computed from.
 
-import hashlib
+A network of your own is a function, named as `package.module:function`, that takes the path of a weights file (or
+None) and returns a module which maps images (B, 1, H, W) uint8 to features (B, D) float32; its attribute
+`preprocessing` says in words what it does to them. torchvision_features.py is an example.
+"""
+
+import importlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from cxr_vae import inception_weights
+from cxr_vae.block_store import hash_of
 from cxr_vae.errors import UserError
 
 LAYERS = ["2048", "logits_unbiased"]
@@ -24,10 +30,17 @@ NO_FID = (
 
 
 class Features(NamedTuple):
-    """Of N images: pooled activations (N, 2048) and class logits without bias (N, 1008), float32 on the CPU."""
+    """Of N images, float32 on the CPU: what distances are taken between (N, D), Inception's pooled 2048 activations.
+
+    And its class logits without bias (N, 1008); None of a network without classes, which has no score.
+    """
 
     pooled: Tensor
-    logits: Tensor
+    logits: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {"pooled": self.pooled} | ({} if self.logits is None else {"logits": self.logits})
 
 
 @dataclass(frozen=True)
@@ -38,14 +51,24 @@ class FeatureNetwork:
     weights_sha256: str
     module: nn.Module
     device: torch.device
+    preprocessing: str = "torch-fidelity's bilinear as in TensorFlow 1, to 299 x 299"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """Features of (B, 1, H, W) uint8 images: grey repeated to RGB, torch-fidelity's resize, float32."""
-        colour = images.to(self.device).expand(-1, 3, -1, -1)
+        """Features of (B, 1, H, W) uint8 images, in float32; for Inception grey is repeated to RGB.
+
+        Raises UserError where a user's network gives anything else than (B, D) finite numbers.
+        """
+        of_ours = isinstance(self.module, FeatureExtractorInceptionV3)
         with torch.autocast(self.device.type, enabled=False):
-            pooled, logits = self.module(colour)
-        return Features(pooled.cpu(), logits.cpu())
+            on_device = images.to(self.device)
+            found = self.module(on_device.expand(-1, 3, -1, -1) if of_ours else on_device)
+        if of_ours:
+            pooled, logits = found
+            return Features(pooled.cpu(), logits.cpu())
+        if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images) or not found.isfinite().all():
+            raise UserError(f"evaluate.features={self.name}: the network should give finite features (images, D)")
+        return Features(found.float().cpu(), None)
 
     def facts(self) -> dict[str, Any]:
         """What has to stand beside a figure."""
@@ -53,16 +76,16 @@ class FeatureNetwork:
             "network": self.name,
             "weights_sha256": self.weights_sha256,
             "dtype": "float32",
-            "resize": "torch-fidelity's bilinear as in TensorFlow 1, to 299 x 299",
+            "resize": self.preprocessing,
         }
 
 
 def choose_network(wanted: str) -> str:
-    """`inception` or `random`; for `auto` the first if its weights are there or can be fetched within seconds.
+    """The name as it is, but for `auto`: `inception` if its weights are there or can be fetched within seconds.
 
     Raises UserError where `inception` was asked for and its weights are missing: before any other work is done.
     """
-    if wanted == "random":
+    if wanted == "random" or ":" in wanted:
         return wanted
     if wanted == "inception":
         inception_weights.require_weights()
@@ -78,8 +101,13 @@ def choose_network(wanted: str) -> str:
     return "inception"
 
 
-def load_network(name: str, device: torch.device) -> FeatureNetwork:
-    """The `inception` network, or the same with `random` weights."""
+def load_network(name: str, device: torch.device, weights: str | None = None) -> FeatureNetwork:
+    """The `inception` network, the same with `random` weights, or a user's with its `weights` file.
+
+    Raises UserError where a user's can't be found or doesn't load.
+    """
+    if ":" in name:
+        return load_users_network(name, device, weights)
     if name == "inception":
         path = inception_weights.require_weights()
         module: nn.Module = FeatureExtractorInceptionV3(name, LAYERS, feature_extractor_weights_path=str(path))
@@ -95,6 +123,25 @@ def load_network(name: str, device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(name, sha256, module, device)
 
 
+def load_users_network(name: str, device: torch.device, weights: str | None) -> FeatureNetwork:
+    """The network that `package.module:function` returns for a weights file."""
+    where, _, function = name.partition(":")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"evaluate.features_weights={weights}: no such file")
+    try:
+        build = getattr(importlib.import_module(where), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"evaluate.features={name}: {error}; name a function that Python can import, as package.module:function"
+        ) from None
+    module = build(None if weights is None else Path(weights))
+    if not isinstance(module, nn.Module):
+        raise UserError(f"evaluate.features={name} gives a {type(module).__name__}, not a torch.nn.Module")
+    module = module.to(device).eval()
+    words = str(getattr(module, "preprocessing", "the network's own"))
+    return FeatureNetwork(name, hash_of(module.state_dict()), module, device, words)
+
+
 class RandomInception(FeatureExtractorInceptionV3):  # type: ignore[misc]
     """The Inception architecture with weights drawn from a fixed seed (He et al. 2015), where others load theirs."""
 
@@ -106,12 +153,3 @@ class RandomInception(FeatureExtractorInceptionV3):  # type: ignore[misc]
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=source)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-
-
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,47 @@ MARKER = "images.json"
 """Says what the PNGs beside it were made from."""
 
 
-def generate(run: RunDir, out: Path, num: int, *, seed: int | None = None, device: str = "auto") -> Path:
+def generate(
+    run: RunDir, out: Path, num: int, *, seed: int | None = None, device: str = "auto", temperature: float = 1.0
+) -> Path:
     """Writes `num` images 000000.png … of the run's model into `out`, on one or more ranks.
 
-    Image i is a function of (weights, seed, i), so more can be added later. Raises UserError where the run has no
-    weights yet or `out` holds anything else.
+    Image i is a function of (weights, seed, temperature, i), so more can be added later. Raises UserError where the
+    run has no weights yet or `out` holds anything else.
     """
     with world(device) as here:
         model, config = load_vae(run.weights, here.device)
         seed = config.seed if seed is None else seed
         if here.is_main:
-            claim(out, {"weights_sha256": sha256_of(run.weights), "seed": seed}, replace=False)
+            claim(out, identity_of(run, seed, temperature), replace=False)
         here.barrier()
         with Progress(num, "generate", enabled=here.is_main) as progress, ThreadPoolExecutor(4) as pool:
             for start in my_blocks(num, here):
-                images = sample(model, seed, start, min(start + BLOCK, num), here.device)
-                write_images(out, start, images, pool)
+                images = sample(model, seed, start, min(start + BLOCK, num), here.device, temperature)
+                wait(write_images(out, start, images, pool))
                 progress.advance(len(images) * here.size)
         here.barrier()
     return out
 
 
+def identity_of(run: RunDir, seed: int, temperature: float) -> dict[str, Any]:
+    """What generated images are a function of, beside their number."""
+    identity: dict[str, Any] = {"weights_sha256": sha256_of(run.weights), "seed": seed}
+    return identity if temperature == 1 else identity | {"temperature": temperature}
+
+
 @torch.inference_mode()
-def sample(model: VAE, seed: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """Samples start…stop of the standard normal prior as (n, 1, H, W) uint8 on the CPU; one block at the most.
+def sample(model: VAE, seed: int, start: int, stop: int, device: torch.device, temperature: float = 1.0) -> Tensor:
+    """Samples start…stop of the prior N(0, temperature²) as (n, 1, H, W) uint8 on the CPU; one block at the most.
 
     `start` is the first of a block, and a whole block is decoded whatever is asked for, so that a sample has the same
-    bits however many there are and whichever rank draws it.
+    bits however many there are and whichever rank draws it. Raises UserError where the model gives what is no number.
     """
-    latents = normal(seed, "generate", start, start + BLOCK, model.latent_shape, device)
-    return to_uint8(model.decode(latents).sigmoid())[: stop - start].cpu()
+    latents = temperature * normal(seed, "generate", start, start + BLOCK, model.latent_shape, device)
+    images = model.decode(latents).sigmoid()
+    if not images.isfinite().all():
+        raise UserError("the trained weights give images of values that are no finite numbers: train again")
+    return to_uint8(images)[: stop - start].cpu()
 
 
 def my_blocks(num: int, here: World) -> range:
@@ -61,10 +72,20 @@ def my_blocks(num: int, here: World) -> range:
     return range(first * BLOCK, last * BLOCK, BLOCK)
 
 
-def write_images(folder: Path, start: int, images: Tensor, pool: ThreadPoolExecutor) -> None:
-    """Images (n, 1, H, W) uint8 as PNGs numbered from `start`."""
-    paths = (folder / f"{start + number:06d}.png" for number in range(len(images)))
-    list(pool.map(save_png, paths, images[:, 0]))
+def write_images(folder: Path, start: int, images: Tensor, pool: ThreadPoolExecutor) -> list["Future[None]"]:
+    """Begins to write images (n, 1, H, W) uint8 as PNGs numbered from `start`."""
+    return [pool.submit(save_png, path_of(folder, start + number), image[0]) for number, image in enumerate(images)]
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Of the PNG of an image."""
+    return folder / f"{number:06d}.png"
+
+
+def wait(writing: list["Future[None]"]) -> None:
+    """Until all is written; raises what went wrong."""
+    for one in writing:
+        one.result()
 
 
 def claim(folder: Path, identity: dict[str, Any], *, replace: bool) -> None:
@@ -77,7 +98,9 @@ def claim(folder: Path, identity: dict[str, Any], *, replace: bool) -> None:
         raise UserError(f"{folder} is a file; name a new or empty folder for the images")
     marker = folder / MARKER
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    foreign = sorted(name for name in present if not re.fullmatch(r"\d{6}\.png|images\.json|\.images\.json\.tmp", name))
+    foreign = sorted(
+        name for name in present if not re.fullmatch(r"\d{6}\.png|images\.json|\.(\d{6}\.png|images\.json)\.tmp", name)
+    )
     if foreign or (present and not marker.is_file() and any(name.endswith(".png") for name in present)):
         raise UserError(
             f"{folder} holds something else ({(foreign or sorted(present))[0]}); name a new or empty folder"

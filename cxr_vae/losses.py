@@ -37,12 +37,14 @@ def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) ‖ N(0, 1)), summed over latent dimensions: (B, D) → (B,) nats.
+    """KL(N(mean, exp(logvar)) ‖ N(0, 1)), summed over latent dimensions: (B, D) → (B,) nats."""
+    return kl_per_unit(mean, logvar).sum(1)
 
-    Kingma and Welling, 2014, appendix B.
-    """
+
+def kl_per_unit(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The same of each latent dimension, of the same shape; Kingma and Welling, 2014, appendix B."""
     mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
 def negative_elbo(logits: Tensor, images: Tensor, mean: Tensor, logvar: Tensor) -> Losses:

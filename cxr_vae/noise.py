@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK = 64
 
-PURPOSES = ("weights", "train", "test", "grid", "generate")
+PURPOSES = ("weights", "train", "test", "grid", "generate", "importance")
 """Streams of numbers that must not depend on one another."""
 
 

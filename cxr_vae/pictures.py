@@ -18,8 +18,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(path: Path, image: Tensor) -> None:
-    """A grey image (H, W) uint8 as a PNG file."""
-    Image.fromarray(image.cpu().numpy()).save(path, "PNG")
+    """A grey image (H, W) uint8 as a PNG file, which is either whole or not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(image.cpu().numpy()).save(temporary, "PNG")
+    temporary.replace(path)
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:

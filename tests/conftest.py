@@ -18,6 +18,7 @@ from tests.slurm_helpers import SlurmCluster, local_cluster
 def pytest_configure() -> None:
     """Ctrl-C works in the commands the tests start, also where a background shell had made all of us ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["CXR_VAE_CACHE"] = tempfile.mkdtemp(prefix="cxr-vae-cache-")  # not the user's
 
 
 SLOW_FILES = ("slurm", "train", "faults", "sbatch", "launch", "evaluate", "metrics", "guard", "run_export", "doctor")

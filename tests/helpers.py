@@ -66,11 +66,13 @@ def command(program: str, *arguments: Any, ranks: int = 1) -> list[str]:
     return [sys.executable, *many, *module[program], *map(str, arguments)]
 
 
-def cxr_vae(*arguments: Any, ranks: int = 1, program: str = "cxr-vae") -> "subprocess.CompletedProcess[str]":
-    """Runs a command in its own process; returns it with its output."""
+def cxr_vae(
+    *arguments: Any, ranks: int = 1, program: str = "cxr-vae", **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Runs a command in its own process, with environment `variables`; returns it with its output."""
     return subprocess.run(
         command(program, *arguments, ranks=ranks),
-        env=environment(),
+        env=environment(**variables),
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from cxr_vae.dataset import XrayDataset
 from cxr_vae.index import ShardDirectory
+from cxr_vae.run_dir import RunDir
+from cxr_vae.run_log import read_epochs
 from cxr_vae.shards import write_shards
 from cxr_vae.tars import Preprocessing
 from tests.helpers import check_sentence, command, cxr_vae, environment
@@ -30,11 +33,23 @@ def results_of(run: Path) -> dict:
 def test_results_carry_what_a_figure_needs(evaluated: tuple[Path, str], shards: Path) -> None:
     run, output = evaluated
     results = results_of(run)
-    assert set(results["figures"]) == {"frechet_random", "kernel_random", "score_random"}  # no FID without Inception
-    for figure in results["figures"].values():
+    names = ("frechet", "frechet_infinity", "kernel", "precision", "recall", "density", "coverage", "score")
+    assert list(results["figures"]) == [f"{name}_random" for name in names]  # no FID without Inception
+    again = results["reconstructions"]
+    assert list(again["figures"]) == [*(f"{name}_random" for name in names[:-1]), "psnr_db", "ssim"]
+    assert again["num"] == 18
+    for figure in [*results["figures"].values(), *again["figures"].values(), *results["likelihood"].values()]:
         low, high = figure["interval_95"]
         assert low <= figure["value"] <= high
-        assert np.isfinite(figure["floor"])
+    assert all(np.isfinite(figure["floor"]) for figure in results["figures"].values())
+    likelihood = {name: figure["value"] for name, figure in results["likelihood"].items()}
+    assert likelihood["importance_bound_nats"] < likelihood["negative_elbo_nats"]
+    assert likelihood["reconstruction_nats"] + likelihood["kl_nats"] == pytest.approx(likelihood["negative_elbo_nats"])
+    tested = read_epochs(RunDir(run))[-1]["test"]
+    assert likelihood["kl_nats"] == pytest.approx(tested["kl_nats"], rel=0.02)  # which trained in bf16
+    assert likelihood["reconstruction_nats"] == pytest.approx(tested["reconstruction_nats"], rel=0.02)
+    assert results["latent"]["num_units"] == 4
+    assert len(results["latent"]["kl_nats_per_unit"]) == 4
     assert results["figures"]["frechet_random"]["value"] > results["figures"]["frechet_random"]["floor"]
     assert (results["num_generated"], results["num_real"], results["num_real_wanted"]) == (70, 18, 40)
     manifest = json.loads((shards / "manifest.json").read_text())
@@ -53,6 +68,10 @@ def test_images_lie_beside_the_figures(evaluated: tuple[Path, str], shards: Path
     assert (len(generated), len(real)) == (70, 18)
     dataset = XrayDataset(ShardDirectory.open(shards).split("test"), in_memory=True, workers=1)
     expected = {image.numpy().tobytes() for image in dataset.images(range(18))}
+    assert {path.name for path in (run / "evaluation/pictures").iterdir()} == {"interpolations.png", "traversals.png"}
+    with Image.open(run / "evaluation/pictures/traversals.png") as picture:
+        assert picture.size == (9 * 34 + 2, 4 * 34 + 2)  # a row a latent unit
+    assert not (run / "evaluation/features").exists()
     assert {np.asarray(Image.open(path)).tobytes() for path in real} == expected  # every test image once
 
 
@@ -66,6 +85,31 @@ def test_two_processes_find_the_same_figures(evaluated: tuple[Path, str], tmp_pa
         assert two["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6, abs=1e-12), name
     for path in (run / "evaluation" / "generated").glob("*.png"):
         assert path.read_bytes() == (copy / "evaluation" / "generated" / path.name).read_bytes()
+
+
+def test_killed_and_started_again_it_computes_only_what_is_missing(evaluated: tuple[Path, str], tmp_path: Path) -> None:
+    run = shutil.copytree(evaluated[0], tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    folder, cache = run / "evaluation", tmp_path / "cache"
+    call = command("cxr-vae", "evaluate", run, *OPTIONS)
+    process = subprocess.Popen(call, env=environment(CXR_VAE_CACHE=str(cache)), stderr=subprocess.DEVNULL)
+    while not list(folder.glob("features/*/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    first = next(folder.glob("features/*/*.safetensors"))
+    (folder / "generated/000003.png").unlink()
+    noted = first.stat().st_mtime_ns, (folder / "generated/000005.png").stat().st_mtime_ns
+    process = subprocess.Popen(call, env=environment(CXR_VAE_CACHE=str(cache)), stderr=subprocess.DEVNULL)
+    while not list(cache.glob("features/*/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert first.stat().st_mtime_ns == noted[0]
+    assert (folder / "generated/000005.png").stat().st_mtime_ns != noted[1]  # its block lacked one
+    assert process.wait() == 0
+    for name, figure in results_of(evaluated[0])["figures"].items():
+        assert results_of(run)["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6, abs=1e-12), name
+    assert len(list(cache.rglob("*.safetensors"))) == 3  # a block of test images, two of train
 
 
 def test_the_same_evaluation_is_not_done_twice(evaluated: tuple[Path, str]) -> None:

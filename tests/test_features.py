@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fidelity
+import torchvision
 from PIL import Image
 
 from cxr_vae.config import EvaluateConfig
+from cxr_vae.errors import UserError
 from cxr_vae.features import Features, choose_network, load_network
 from cxr_vae.metrics import compare
 from tests.helpers import draw_image
@@ -49,10 +51,10 @@ def test_figures_are_torch_fidelitys_on_the_same_pngs_and_weights(images, tmp_pa
     # Extracted in two batches, so that nothing may depend on how images are batched.
     parts = {name: [network(part) for part in tensors.split(16)] for name, tensors in images.items()}
     features = [Features(*(torch.cat(layer) for layer in zip(*parts[name], strict=True))) for name in ("a", "b")]
-    frechet, kernel, score = compare(*features, EvaluateConfig(is_splits=4))
-    assert frechet.value == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert kernel.value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
-    assert score.value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    figures = {name: figure.value for name, figure in compare(*features, EvaluateConfig(is_splits=4)).items()}
+    assert figures["frechet"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert figures["kernel"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert figures["score"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
 
 
 def test_random_network_is_the_same_each_time_and_tells_sets_apart(images) -> None:
@@ -74,3 +76,41 @@ def test_random_is_chosen_only_where_it_was_asked_for(monkeypatch, tmp_path: Pat
     monkeypatch.setattr("cxr_vae.inception_weights.URL", "http://127.0.0.1:9/none.pth")  # nobody listens there
     assert choose_network("auto") == "random"
     assert "no Inception weights here" in capsys.readouterr().out
+
+
+def test_a_network_of_ones_own(images, tmp_path: Path) -> None:
+    """The example: features are those of the network before its last layer."""
+    torch.manual_seed(0)
+    network = torchvision.models.densenet121(weights=None).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    name = "cxr_vae.torchvision_features:densenet121"
+    ours = load_network(name, torch.device("cpu"), str(tmp_path / "weights.pth"))
+    features = ours(images["a"][:4])
+    assert features.logits is None
+    assert features.pooled.shape == (4, 1024)
+    resized = torch.nn.functional.interpolate(images["a"][:4] / 255, (224, 224), mode="bilinear", antialias=True)
+    normalised = torchvision.transforms.functional.normalize(
+        resized.expand(-1, 3, -1, -1), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
+    with torch.inference_mode():
+        expected = network.classifier(features.pooled)
+        assert torch.allclose(network(normalised), expected, atol=1e-5)
+    assert ours.facts()["network"] == name
+    assert "224 x 224" in ours.facts()["resize"]
+    assert set(compare(features, features, EvaluateConfig())) >= {"frechet", "kernel", "coverage"}
+
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    for features_name, weights, told in (
+        (name, tmp_path / "weights.pth", "is not a state_dict of torchvision's densenet121"),
+        (name, tmp_path / "none.pth", "no such file"),
+        (name, None, "features_weights should name a file"),
+        ("cxr_vae.nothing:here", None, "No module named"),
+        ("cxr_vae.noise:nothing", None, "has no attribute"),
+        ("tests.test_features:no_network", None, "gives a str"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load_network(features_name, torch.device("cpu"), weights and str(weights))
+
+
+def no_network(weights: Path | None) -> str:
+    return "nothing"

@@ -1,8 +1,13 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from cxr_vae.export import load_vae, save_vae
+from cxr_vae.noise import normal
+from cxr_vae.pictures import to_uint8
 from tests.helpers import check_sentence, cxr_vae
 
 
@@ -47,3 +52,27 @@ def test_runs_without_weights_are_refused(trained: Path, tmp_path: Path) -> None
     check_sentence(cxr_vae("generate", tmp_path, "--out", tmp_path / "x"), "vae_final.safetensors is missing")
     (tmp_path / "vae_final.safetensors").write_bytes((trained / "vae_final.safetensors").read_bytes()[:500])
     check_sentence(cxr_vae("generate", tmp_path, "--out", tmp_path / "x"), "not a file of trained weights, or damaged")
+
+
+def test_weights_that_give_no_numbers_are_refused(trained: Path, tmp_path: Path) -> None:
+    model, config = load_vae(trained / "vae_final.safetensors")
+    with torch.no_grad():
+        next(model.parameters()).fill_(0)
+        list(model.parameters())[-1].fill_(float("nan"))
+    save_vae(tmp_path / "vae_final.safetensors", model, config, step=1)
+    shutil.copy(trained / "config.yaml", tmp_path)
+    result = cxr_vae("generate", tmp_path, "--out", tmp_path / "x")
+    check_sentence(result, "values that are no finite numbers")
+
+
+def test_temperature_is_the_spread_of_the_latents(trained: Path, tmp_path: Path) -> None:
+    model, config = load_vae(trained / "vae_final.safetensors")
+    assert cxr_vae("generate", trained, "--num", 3, "--out", tmp_path / "x", "--temperature", 0.5).returncode == 0
+    latents = 0.5 * normal(config.seed, "generate", 0, 64, model.latent_shape)
+    with torch.inference_mode():
+        expected = to_uint8(model.decode(latents).sigmoid())[:3]
+    found = [np.asarray(Image.open(tmp_path / "x" / f"{number:06d}.png")) for number in range(3)]
+    assert np.abs(np.stack(found).astype(int) - expected[:, 0].numpy()).max() <= 1
+    check_sentence(
+        cxr_vae("generate", trained, "--num", 3, "--out", tmp_path / "x"), "of other weights or another seed"
+    )

@@ -3,19 +3,26 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
 from cxr_vae.features import Features
 from cxr_vae.metrics import (
+    Pairs,
+    called,
     check_counts,
     compare,
     frechet_distance,
+    frechet_infinity,
     inception_score,
     kernel_distance,
-    unbiased_mmd,
     with_interval,
 )
+
+
+def unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    return Pairs(a, b).mmd(np.arange(len(a)), np.arange(len(b)))
 
 
 def sets(num_a: int, num_b: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +75,7 @@ def test_interval_has_the_width_of_the_standard_error() -> None:
     """Of a mean the standard error is known: σ/√n."""
     torch.manual_seed(0)
     features = Features(torch.randn(400, 1), torch.zeros(400, 1))
-    figure = with_interval(lambda a, _: float(a.pooled.mean()), features, features, num_halves=2000)
+    figure = with_interval(lambda i, _: float(features.pooled[i].mean()), 400, 400, num_halves=2000)
     low, high = figure.interval_95
     assert figure.value == pytest.approx(float(features.pooled.mean()))
     assert (high - low) / 2 == pytest.approx(1.96 * float(features.pooled.std()) / 20, rel=0.1)
@@ -85,10 +92,53 @@ def test_intervals_cover_the_figure_of_a_fresh_sample() -> None:
         return Features(torch.from_numpy(a), torch.from_numpy(a)), Features(torch.from_numpy(b), torch.from_numpy(b))
 
     figures = [compare(*mixed(seed), config) for seed in range(30)]
-    for number in (0, 1):  # Fréchet and kernel distance
-        typical = np.mean([figure[number].value for figure in figures])
-        covered = np.mean([low <= typical <= high for low, high in (figure[number].interval_95 for figure in figures)])
-        assert covered >= 0.8, (number, covered)
+    for name in ("frechet", "frechet_infinity", "kernel", "density", "coverage"):
+        typical = np.mean([figure[name].value for figure in figures])
+        covered = np.mean([low <= typical <= high for low, high in (figure[name].interval_95 for figure in figures)])
+        assert covered >= 0.8, (name, covered)
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), [(64, 90), (30, 12)])
+def test_precision_and_recall_are_torch_fidelitys(num_a: int, num_b: int) -> None:
+    a, b = sets(num_a, num_b, 8)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 1000, "save_cpu_ram": False, "verbose": False}
+    expected = prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **options)
+    every = np.arange(num_a), np.arange(num_b)
+    assert 0 < min(expected["precision"], expected["recall"]) < 1
+    assert Pairs(a, b).precision(*every) == pytest.approx(expected["precision"], abs=1e-6)
+    assert Pairs(a, b).recall(*every) == pytest.approx(expected["recall"], abs=1e-6)
+
+
+def test_density_and_coverage_are_their_definitions() -> None:
+    """Counted one by one; Naeem et al. 2020, eq. 4 and 5, k = 5."""
+    a, b = sets(40, 30, 6)
+    radii = [sorted(np.linalg.norm(x - y) for y in b)[5] for x in b]
+    inside = np.array([[np.linalg.norm(x - y) < radius for y, radius in zip(b, radii, strict=True)] for x in a])
+    every = np.arange(40), np.arange(30)
+    assert Pairs(a, b).density(*every) == pytest.approx(inside.sum() / (5 * 40))
+    assert Pairs(a, b).coverage(*every) == pytest.approx(inside.any(0).mean())
+    some, others = np.arange(3, 25), np.arange(10, 30)
+    assert Pairs(a, b).density(some, others) == Pairs(a[some], b[others]).density(np.arange(22), np.arange(20))
+
+
+def test_extrapolation_takes_most_of_the_bias_away() -> None:
+    """Two normal sets whose distance is known: a shift of 0.5 in one of 32 directions."""
+    found = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        a, b = rng.normal(size=(200, 32)), rng.normal(size=(200, 32))
+        a[:, 0] += 0.5
+        found.append((frechet_distance(a, b) - 0.25, frechet_infinity(a, b) - 0.25))
+    biases = np.abs(np.mean(found, axis=0))
+    assert biases[0] > 1  # of 0.25
+    assert biases[1] < 0.15 * biases[0]
+
+
+def test_only_inceptions_figures_have_the_known_names() -> None:
+    assert called("frechet", "inception") == "fid"
+    assert called("precision", "inception") == "precision"
+    assert called("frechet", "random") == "frechet_random"
+    assert called("kernel", "my.module:densenet") == "kernel_densenet"
 
 
 @pytest.mark.parametrize("num", [40, 96, 400])
