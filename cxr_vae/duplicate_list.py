@@ -11,7 +11,7 @@ import torch
 
 from cxr_vae.duplicates import CANDIDATE_CORRELATION, NEAR_CORRELATION, equal_groups, near_pairs
 from cxr_vae.files import write_atomically
-from cxr_vae.findings import Finding, Part, Table, counted
+from cxr_vae.findings import Cell, Finding, Part, Table, counted
 from cxr_vae.survey import Survey
 
 KINDS = {
@@ -44,12 +44,14 @@ def find_duplicates(images: Survey) -> tuple[list[Group], Part]:
     """All groups, those that matter most first, and what to say of them."""
 
     def group(kind: str, members: Sequence[int], correlation: float = 1.0) -> Group:
-        names = (
-            sorted({images.splits[images.split[member]] for member in members}),
-            sorted({images.classes[images.label[member]] for member in members}),
-            sorted({str(images.patient[member]) for member in members}),
+        return Group(
+            kind,
+            tuple(map(int, members)),
+            tuple(sorted({images.splits[images.split[member]] for member in members})),
+            tuple(sorted({images.classes[images.label[member]] for member in members})),
+            tuple(sorted({str(images.patient[member]) for member in members})),
+            correlation,
         )
-        return Group(kind, tuple(map(int, members)), *map(tuple, names), correlation)
 
     groups = [group("same file", members) for members in equal_groups(images.file_hash)]
     same_pixels = equal_groups(images.pixel_hash)
@@ -85,7 +87,7 @@ def _members(images: Survey, group: Group) -> list[dict[str, Any]]:
 
 
 def _counts(groups: Sequence[Group]) -> Table:
-    rows = []
+    rows: list[list[Cell]] = []
     for kind, meaning in KINDS.items():
         mine = [group for group in groups if group.kind == kind]
         across = [sum(len(getattr(group, name)) > 1 for group in mine) for name in ("splits", "classes", "patients")]
@@ -98,7 +100,7 @@ def _counts(groups: Sequence[Group]) -> Table:
 def _listed(images: Survey, groups: Sequence[Group]) -> list[Table]:
     if not groups:
         return []
-    rows: list[list[Any]] = [
+    rows: list[list[Cell]] = [
         [group.kind, group.correlation, " ".join(images.source[member] for member in group.members)]
         for group in groups[:MAX_LISTED]
     ]

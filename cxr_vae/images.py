@@ -75,6 +75,6 @@ def colour_mode(path: Path) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=("JPEG", "PNG")) as image:
-                return image.mode
+                return str(image.mode)
     except (OSError, Image.DecompressionBombError):
         return None

@@ -210,7 +210,7 @@ def channels(images: Survey, source: Path | None) -> Part:
 
 def borders(images: Survey, image_size: int) -> Part:
     """Constant borders of the stored images by class."""
-    wide = images.borders >= max(2, round(MIN_BORDER * image_size))
+    wide: npt.NDArray[np.bool_] = np.greater_equal(images.borders, max(2, round(MIN_BORDER * image_size)))
     upright, sideways = wide[:, :2].any(1), wide[:, 2:].any(1)
     rows: list[list[Cell]] = []
     for split, label, numbers in images.groups():
