@@ -22,6 +22,9 @@ KINDS = {
 MAX_LISTED = 20
 MAX_PICTURED = 12
 
+SUSPICIOUS = 0.25
+"""Near pairs an image, from which it is doubtful that they are copies."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -70,7 +73,7 @@ def find_duplicates(images: Survey) -> tuple[list[Group], Part]:
         ],
         "near_duplicates_settings": {"correlation_from": NEAR_CORRELATION, "candidates_from": round(least, 4)},
     }
-    return groups, Part([_counts(groups), *_listed(images, groups)], _findings(groups, least), facts)
+    return groups, Part([_counts(groups), *_listed(images, groups)], _findings(groups, len(images), least), facts)
 
 
 def _members(images: Survey, group: Group) -> list[dict[str, Any]]:
@@ -109,7 +112,7 @@ def _listed(images: Survey, groups: Sequence[Group]) -> list[Table]:
     return [Table(title, ["kind", "correlation", "files"], rows)]
 
 
-def _findings(groups: Sequence[Group], least: float) -> list[Finding]:
+def _findings(groups: Sequence[Group], num_images: int, least: float) -> list[Finding]:
     found = []
     for kind in KINDS:
         mine = [group for group in groups if group.kind == kind]
@@ -127,6 +130,9 @@ def _findings(groups: Sequence[Group], least: float) -> list[Finding]:
         text = f"{counted(len(mine), 'group')} of images that are {words[kind]}"
         where = bad or ["none across splits or classes"]
         found.append(Finding("warning" if bad else "note", "; ".join([text, *where])))
+    if sum(group.kind == "near" for group in groups) > max(3, SUSPICIOUS * num_images):
+        text = "with so many near copies, the images are more likely too smooth or too small to be told apart"
+        found.append(Finding("note", text))
     if least > CANDIDATE_CORRELATION:
         text = f"so many images are alike that only pairs whose small copies correlate by {least:.3f} were compared"
         found.append(Finding("note", text))
