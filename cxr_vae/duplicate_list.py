@@ -14,12 +14,13 @@ from cxr_vae.files import write_atomically
 from cxr_vae.findings import Cell, Finding, Part, Table, counted
 from cxr_vae.survey import Survey
 
-KINDS = {
-    "same file": "byte for byte the same file",
-    "same pixels": "other files, the same pixels as stored",
-    "near": f"nearly the same picture (correlation of fine structure from {NEAR_CORRELATION} on, aligned)",
+KINDS = {"same file": "the same file", "same pixels": "the same pixels in other files", "near": "near copies"}
+HARM = {
+    "splits": "a test would be of images seen in training",
+    "classes": "one of the labels is wrong",
+    "patients": "one person under two names?",
 }
-MAX_LISTED = 20
+MAX_LISTED = 10
 MAX_PICTURED = 12
 
 SUSPICIOUS = 0.25
@@ -91,12 +92,12 @@ def _members(images: Survey, group: Group) -> list[dict[str, Any]]:
 
 def _counts(groups: Sequence[Group]) -> Table:
     rows: list[list[Cell]] = []
-    for kind, meaning in KINDS.items():
+    for kind in KINDS:
         mine = [group for group in groups if group.kind == kind]
-        across = [sum(len(getattr(group, name)) > 1 for group in mine) for name in ("splits", "classes", "patients")]
+        across = [sum(len(getattr(group, name)) > 1 for group in mine) for name in HARM]
         num_images = len({member for group in mine for member in group.members})
-        rows.append([kind, len(mine), num_images, *across, meaning])
-    headers = ["kind", "groups", "images", "across splits", "across classes", "across patients", "meaning"]
+        rows.append([kind, len(mine), num_images, *across])
+    headers = ["kind", "groups", "images", "across splits", "across classes", "across patients"]
     return Table("Duplicates", headers, rows)
 
 
@@ -114,21 +115,16 @@ def _listed(images: Survey, groups: Sequence[Group]) -> list[Table]:
 
 def _findings(groups: Sequence[Group], num_images: int, least: float) -> list[Finding]:
     found = []
-    for kind in KINDS:
+    for kind, words in KINDS.items():
         mine = [group for group in groups if group.kind == kind]
-        words = {"same file": "the same file", "same pixels": "the same pixels in other files", "near": "near copies"}
         if not mine:
-            found.append(Finding("ok", f"no two images are {words[kind]}"))
+            found.append(Finding("ok", f"no two images are {words}"))
             continue
-        bad = []
-        for name, title, harm in (
-            ("splits", "splits", "a test would be of images seen in training"),
-            ("classes", "classes", "one of the labels is wrong"),
-        ):
-            number = sum(len(getattr(group, name)) > 1 for group in mine)
-            bad += [f"{number} of them across {title} ({harm})"] if number else []
-        text = f"{counted(len(mine), 'group')} of images that are {words[kind]}"
-        where = bad or ["none across splits or classes"]
+        reach = {name: sum(len(getattr(group, name)) > 1 for group in mine) for name in HARM}
+        bad = reach["splits"] or reach["classes"]
+        where = [] if bad else ["none across splits or classes"]
+        where += [f"{number} of them across {name} ({HARM[name]})" for name, number in reach.items() if number]
+        text = f"{counted(len(mine), 'group')} of images that are {words}"
         found.append(Finding("warning" if bad else "note", "; ".join([text, *where])))
     if sum(group.kind == "near" for group in groups) > max(3, SUSPICIOUS * num_images):
         text = "with so many near copies, the images are more likely too smooth or too small to be told apart"
