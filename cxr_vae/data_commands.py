@@ -22,10 +22,14 @@ def add_split(commands: Any) -> None:
     parser.add_argument(
         "--fractions", default="train=0.8,val=0.1,test=0.1", metavar="SHARES", help="share of images of each split"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of what chance decides")
-    parser.add_argument("--drop-duplicates", action="store_true", help="keep one of several files with the same bytes")
+    parser.add_argument("--seed", type=seed, default=0, help="of what chance decides (default: 0)")
     parser.add_argument(
-        "--keep-test", action="store_true", help="leave the folder's test split as it is, and divide the rest"
+        "--drop-duplicates", action="store_true", help="of files with the same bytes keep one (default: all)"
+    )
+    parser.add_argument(
+        "--keep-test",
+        action="store_true",
+        help="leave the folder's test split as it is, and divide the rest (default: divide it, too)",
     )
 
 
