@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vae.config import DataConfig
+from cxr_vae.cli import build_parser
+from cxr_vae.config import Config, DataConfig
 from cxr_vae.dataset import open_split
 from cxr_vae.errors import UserError
 from cxr_vae.index import ShardDirectory
@@ -17,6 +18,7 @@ from cxr_vae.sources import Layout, SourceImage, scan
 from cxr_vae.splits import read_split_file, write_split_file
 from cxr_vae.splitting import divide, parse_fractions
 from cxr_vae.tars import Preprocessing
+from launch.stages import Shape, shard_stage
 from tests.helpers import check_sentence, cxr_vae, draw_source
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -250,6 +252,13 @@ def test_wrong_files_are_told_in_one_sentence(source: Path, tmp_path: Path, cont
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_launcher_hands_the_file_on(source: Path, tmp_path: Path) -> None:
+    data = DataConfig(source=str(source), shards=str(tmp_path / "shards"), split_file="my/split.csv")
+    stage = shard_stage(Config(data=data), Shape(1, 1, 1))
+    assert stage is not None
+    assert build_parser().parse_args(stage.arguments).split_file == Path("my/split.csv")
 
 
 def test_a_missing_file_is_refused(source: Path, tmp_path: Path) -> None:
