@@ -8,6 +8,7 @@ from typing import Any
 
 from cxr_vae import __version__
 from cxr_vae.command_line import add_command, add_overrides, deviation, parse, positive, rank, run, seed, share
+from cxr_vae.data_commands import add_inspect, add_split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_phantom(commands)
+    add_split(commands)
     _add_shard(commands)
+    add_inspect(commands)
     _add_train(commands)
     _add_checkpoints(commands)
     _add_export(commands)
@@ -92,6 +95,9 @@ def _add_shard(commands: Any) -> None:
         "--format", choices=("png", "jpg", "raw"), default="png", help="png and raw are lossless; jpg has quality 95"
     )
     parser.add_argument(
+        "--split-file", type=Path, metavar="FILE", help="CSV of `cxr-vae split` (default: splits as the folders say)"
+    )
+    parser.add_argument(
         "--max-rejected", type=share, default="1%", help="unreadable images to put up with, 1%% or 0.01"
     )
     parser.add_argument("--workers", type=positive, help="processes (default: one a core)")
@@ -108,12 +114,15 @@ def shard(arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.out,
         Preprocessing(arguments.image_size, arguments.fit, arguments.format),
+        split_file=arguments.split_file,
         max_rejected=arguments.max_rejected,
         workers=arguments.workers,
     )
     manifest = directory.manifest
     counts = {name: split["count_per_class"] for name, split in manifest["splits"].items()}
     print(f"{arguments.out}: {in_words(counts)} at {manifest['image_size']} px")
+    if manifest.get("num_not_in_split_file"):
+        print(f"{manifest['num_not_in_split_file']} images left out: {arguments.split_file} doesn't list them")
     if manifest["num_rejected"] or manifest["num_ignored"]:
         listed = arguments.out / "rejected.csv"
         print(f"{manifest['num_rejected']} images rejected, {manifest['num_ignored']} other files ignored: {listed}")

@@ -30,6 +30,11 @@ class DataConfig(Section):
         description="folder of X-rays (split/class/*.jpg|jpeg|png), read by the shard stage only",
         json_schema_extra=MAY_CHANGE,
     )
+    split_file: PathText | None = Field(
+        None,
+        description="CSV of `cxr-vae split` that says which image is in which split; null: the source's folders do",
+        json_schema_extra=MAY_CHANGE,
+    )
     shards: PathText = Field("shards", description="directory of the shards", json_schema_extra=MAY_CHANGE)
     image_size: int = Field(224, ge=8, le=4096, description="height and width in pixels")
     fit: Literal["stretch", "letterbox", "crop"] = Field("stretch", description="how other aspect ratios become square")

@@ -20,6 +20,7 @@ from torch import Tensor
 from cxr_vae.config import DataConfig
 from cxr_vae.errors import UserError
 from cxr_vae.index import RESHARD, ShardDirectory, SplitIndex
+from cxr_vae.splits import read_split_file
 from cxr_vae.workers import num_cores
 
 MEMORY_SHARE = 0.5
@@ -147,6 +148,12 @@ def open_split(config: DataConfig, split: str) -> SplitIndex:
                 f"{config.shards} was made with {name}={made}, but data.{name} is {said}: "
                 f"set data.{name}={made}, or name another folder of shards"
             )
+    if config.split_file is not None and read_split_file(Path(config.split_file)).sha256 != index.split_file_sha256:
+        made_by = "another split file" if index.split_file_sha256 else "no split file"
+        raise UserError(
+            f"{config.shards} was made with {made_by}, not with data.split_file={config.split_file}: shard into "
+            "another folder with --split-file, or leave data.split_file out"
+        )
     return index
 
 

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -66,3 +67,14 @@ def to_square(image: Image.Image, size: int, fit: Fit) -> npt.NDArray[np.uint8]:
     else:
         square = ImageOps.fit(image, (size, size), bilinear)
     return np.asarray(square, np.uint8)
+
+
+def colour_mode(path: Path) -> str | None:
+    """PIL's name for what an image file's pixels are (`L` grey, `RGB`, …), from its head; None where it is no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("JPEG", "PNG")) as image:
+                return str(image.mode)
+    except (OSError, Image.DecompressionBombError):
+        return None

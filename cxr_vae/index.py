@@ -78,6 +78,7 @@ class SplitIndex:
         self.fit = str(manifest["fit"])
         self.format = str(manifest["format"])
         self.classes: list[str] = manifest["classes"]
+        self.split_file_sha256: str | None = manifest.get("split_file_sha256")  # older shards have none
         self.content_hash: str = entry["index"]["sha256"]
         """SHA-256 of the index file, which names every image by its own SHA-256."""
         self.shards = [directory / shard["file"] for shard in entry["shards"]]

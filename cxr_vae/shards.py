@@ -25,7 +25,8 @@ from cxr_vae.console import Progress
 from cxr_vae.errors import UserError
 from cxr_vae.files import read_json, sha256_of, sync_directory, write_atomically, write_json
 from cxr_vae.index import FORMAT_VERSION, MANIFEST, ShardDirectory, concatenate, save_columns
-from cxr_vae.sources import Layout, keys_of, patient_of, scan
+from cxr_vae.sources import Layout, keys_of, scan
+from cxr_vae.splits import NOT_LISTED, SplitFile, apply_split, read_split_file
 from cxr_vae.tars import PARTS, Entry, Preprocessing, Shard, read_part, write_tar
 from cxr_vae.workers import num_cores, worker_pool
 
@@ -41,16 +42,22 @@ def write_shards(
     out: Path,
     preprocessing: Preprocessing,
     *,
+    split_file: Path | None = None,
     max_rejected: float = 0.01,
     workers: int | None = None,
 ) -> ShardDirectory:
     """Shards the images of `source` into `out`, or finishes what an earlier call began, or finds it finished.
 
+    The splits are those of `split_file`, if there is one, else the source's folders.
+
     Images that can't be read are listed in `rejected.csv`; where they are more than the share `max_rejected` of all,
     the job stops with UserError. `workers` processes (all cores by default) give the same bytes as one.
     """
     layout = scan(source)
-    fingerprint = _fingerprint(layout, preprocessing)
+    divided = read_split_file(split_file) if split_file else None
+    if divided:
+        layout = apply_split(layout, divided)
+    fingerprint = _fingerprint(layout, preprocessing, divided)
     if _claim(out, fingerprint):
         return ShardDirectory.open(out)
     shards = _plan(layout, out, preprocessing)
@@ -68,7 +75,7 @@ def write_shards(
             f"{len(rejected)} of {len(layout.images)} images can't be read, more than the {max_rejected:.3g} allowed: "
             f"see {out / REJECTED}; mend or remove them, or allow more with --max-rejected"
         )
-    _finish(shards, layout, preprocessing, fingerprint, len(rejected))
+    _finish(shards, layout, preprocessing, fingerprint, len(rejected), divided)
     return ShardDirectory.open(out)
 
 
@@ -88,7 +95,7 @@ def _plan(layout: Layout, out: Path, preprocessing: Preprocessing) -> list[Shard
     keys = dict(zip((image.path for image in layout.images), keys_of(layout.images), strict=True))
     for split in layout.splits:
         entries = [
-            Entry(image.path, keys[image.path], layout.classes.index(image.label), patient_of(Path(image.path).stem))
+            Entry(image.path, keys[image.path], layout.classes.index(image.label), image.patient)
             for image in layout.images
             if image.split == split
         ]
@@ -102,9 +109,10 @@ def _plan(layout: Layout, out: Path, preprocessing: Preprocessing) -> list[Shard
     return shards
 
 
-def _fingerprint(layout: Layout, preprocessing: Preprocessing) -> str:
+def _fingerprint(layout: Layout, preprocessing: Preprocessing, divided: SplitFile | None) -> str:
     """Tells whether an output was made from this source with these options."""
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, asdict(preprocessing)]).encode())
+    options = [FORMAT_VERSION, asdict(preprocessing), *([divided.sha256] if divided else [])]
+    digest = hashlib.sha256(json.dumps(options).encode())
     for image in layout.images:
         digest.update(os.fsencode(f"{image.path}\0{image.num_bytes}\n"))
     return digest.hexdigest()
@@ -177,7 +185,12 @@ def _write_rejected(path: Path, rejected: list[tuple[str, str]], ignored: tuple[
 
 
 def _finish(
-    shards: list[Shard], layout: Layout, preprocessing: Preprocessing, fingerprint: str, num_rejected: int
+    shards: list[Shard],
+    layout: Layout,
+    preprocessing: Preprocessing,
+    fingerprint: str,
+    num_rejected: int,
+    divided: SplitFile | None,
 ) -> None:
     out = Path(shards[0].out)
     splits = {}
@@ -206,7 +219,9 @@ def _finish(
         **asdict(preprocessing),
         "classes": list(layout.classes),
         "num_rejected": num_rejected,
-        "num_ignored": len(layout.ignored),
+        "num_ignored": sum(reason != NOT_LISTED for _, reason in layout.ignored),
+        "num_not_in_split_file": sum(reason == NOT_LISTED for _, reason in layout.ignored),
+        "split_file_sha256": divided.sha256 if divided else None,
         "fingerprint": fingerprint,
         "versions": {"cxr_vae": __version__, "pillow": PIL.__version__, "numpy": np.__version__},
         "splits": splits,

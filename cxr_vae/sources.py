@@ -24,6 +24,13 @@ class SourceImage:
     split: str
     label: str
     num_bytes: int
+    known_patient: str = ""
+    """Where something better than the file's name says who it is."""
+
+    @property
+    def patient(self) -> str:
+        """The patient's key."""
+        return self.known_patient or patient_of(Path(self.path).stem)
 
 
 @dataclass(frozen=True)

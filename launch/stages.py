@@ -99,6 +99,7 @@ def shard_stage(config: Config, resources: Shape) -> Stage | None:
         raise UserError(f"data.shards={data.shards} holds no shards and data.source is not set: name a folder")
     arguments = ["shard", data.source, data.shards, f"--image-size={data.image_size}", f"--fit={data.fit}"]
     arguments += [f"--format={data.format}", f"--max-rejected={data.max_rejected}"]
+    arguments += [f"--split-file={data.split_file}"] if data.split_file else []
     arguments += [f"--workers={data.workers}"] if data.workers else []
     cores = resources.ranks_per_node * resources.cpus_per_rank  # one process with all of a machine's ranks'
     return Stage("shard", tuple(arguments), Path(config.run_dir), shards, cpus_per_rank=cores)

@@ -12,7 +12,8 @@ from tests.helpers import environment
 
 COMMANDS = {
     "cxr-vae": [
-        *("phantom", "shard", "train", "checkpoints", "export", "generate", "evaluate", "report", "fetch-weights"),
+        *("phantom", "split", "shard", "inspect"),
+        *("train", "checkpoints", "export", "generate", "evaluate", "report", "fetch-weights"),
         "config",
     ],
     "cxr-launch": ["shard", "train", "evaluate", "pipeline", "sweep", "status", "logs", "cancel", "doctor"],
