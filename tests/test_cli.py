@@ -12,8 +12,8 @@ from tests.helpers import environment
 
 COMMANDS = {
     "cxr-vae": [
-        *("phantom", "shard", "train", "checkpoints", "export", "generate", "evaluate", "report", "fetch-weights"),
-        "config",
+        *("phantom", "shard", "train", "checkpoints", "export", "generate", "evaluate", "audit", "report"),
+        *("fetch-weights", "config"),
     ],
     "cxr-launch": ["shard", "train", "evaluate", "pipeline", "sweep", "status", "logs", "cancel", "doctor"],
 }
