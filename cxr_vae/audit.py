@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_vae.audit_record import Pair, keep_earlier, record_of, save_pairs
+from cxr_vae.audit_record import Pair, publish, record_of
 from cxr_vae.audit_rows import Rows, choose_rows, held_out_split
 from cxr_vae.audit_samples import Samples, choose_samples
 from cxr_vae.audit_search import Found, for_share, search_all

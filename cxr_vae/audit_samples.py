@@ -45,8 +45,8 @@ def choose_samples(run: RunDir, config: Config, folder: Path | None, here: World
     samples = _choose(run, config, folder, here)
     if len(samples.names) < MIN_IMAGES:
         raise UserError(
-            f"{samples.facts.get('folder', 'the model')}: {len(samples.names)} images are too few for an audit; give it "
-            f"{MIN_IMAGES} or more"
+            f"{samples.facts.get('folder', 'evaluate.num_generated')}: {len(samples.names)} images are too few for an "
+            f"audit; give it {MIN_IMAGES} or more"
         )
     return samples
 
