@@ -32,7 +32,7 @@ Ints = npt.NDArray[np.int64]
 def nearness_ratios(distances: Floats) -> npt.NDArray[np.float64]:
     """(m,) the distance of the nearest over the mean distance of the 50 nearest, from ascending distances (m, K).
 
-    Carlini et al. 2023, sect. 4.2. Near 0: a copy. A blurred image, close to everything, has a ratio near 1.
+    Carlini et al. 2023. Near 0: a copy. A blurred image, close to everything, has a ratio near 1.
     """
     nearest = distances[:, :NUM_NEAREST].astype(np.float64)
     there = np.isfinite(nearest)
