@@ -10,7 +10,7 @@ from cxr_vae.console import Progress
 from cxr_vae.distributed import World
 from cxr_vae.fingerprints import NUM_PER_BLOCK, Fingerprints, SplitFingerprints, join
 from cxr_vae.memorisation import NUM_NEAREST
-from cxr_vae.neighbours import Neighbours, Search, Space, feature_space, merge, pixel_space
+from cxr_vae.neighbours import Neighbours, Search, Space, feature_space, likened, merge, pixel_space
 
 NUM_FOR_SHARE = 1000
 """Training images whose share closer to other training patients is found."""
@@ -22,6 +22,7 @@ class Found(NamedTuple):
     space: str
     samples: Neighbours
     reference: Neighbours
+    """Of training images `likened` to the samples."""
     held_out: Neighbours
     samples_in_held_out: Neighbours
     reference_in_held_out: Neighbours
@@ -35,12 +36,13 @@ def search_all(
 
     The result is on the first rank; the others get an empty list.
     """
-    reference, held_out = training.rows(rows.reference), others.rows(rows.held_out)
+    untouched, held_out = training.rows(rows.reference), others.rows(rows.held_out)
+    reference = likened(untouched, samples)
     queries = join([samples, reference, held_out])
     groups = np.concatenate(
         [np.full(len(samples.small), -1), rows.groups[rows.reference], rows.held_groups[rows.held_out]]
     )
-    spaces = (pixel_space(), feature_space(reference.pooled.mean(0)))
+    spaces = (pixel_space(), feature_space(untouched.pooled.mean(0)))
     keep = num_to_keep(len(training), len(rows.held_out))
     searches = [Search(space, queries, groups, keep, here.device) for space in spaces]
     first, last = here.slice(0, training.num_blocks)

@@ -1,8 +1,9 @@
 """Do generated images lie closer to the training images than new ones would? Tests on distances and neighbours.
 
-Blurred samples lie close to everything, and a test split may be of another distribution. So the two tests that may
-raise the flag compare a sample's nearest training image with its next ones (`copies_test`) and with its nearest
-held-out image (`matched_share`), never a sample's distance with a real image's. Pure functions of arrays.
+Blurred samples lie close to everything, and a test split may be of another distribution. So of the two tests that may
+raise the flag one compares a sample's nearest training image with its next ones (`copies_test`), as training images do
+that were made alike (`neighbours.likened`), and the other with its nearest held-out image (`matched_share`). Pure
+functions of arrays.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ Ints = npt.NDArray[np.int64]
 def nearness_ratios(distances: Floats) -> npt.NDArray[np.float64]:
     """(m,) the distance of the nearest over the mean distance of the 50 nearest, from ascending distances (m, K).
 
-    Carlini et al. 2023. Near 0: a copy. A blurred image, close to everything, has a ratio near 1.
+    Carlini et al. 2023. Near 0: a copy.
     """
     nearest = distances[:, :NUM_NEAREST].astype(np.float64)
     there = np.isfinite(nearest)
@@ -173,7 +174,7 @@ class Findings:
     copies: CopiesTest
     share: ShareTest
     share_of_training: ShareTest
-    """The same of training images whose own patient is left out: what the share is without memorisation."""
+    """The same of training images, likened to the samples, whose own patient is left out: without memorisation."""
     share_below: float
     """Of samples whose nearest training image is closer than that of 99 % of the held-out images."""
     c_t: float

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +20,8 @@ MAX_SHIFT = 2
 """In pixels of the small copies: at 224 px that is ± 14 px in each direction."""
 
 QUERIES_AT_ONCE = 64
+NUM_COMPONENTS = 64
+MIN_GAIN = 0.2
 
 
 class Neighbours(NamedTuple):
@@ -85,6 +88,40 @@ def feature_space(centre: Tensor) -> Space:
         lambda images: unit(images.pooled - centre)[:, None],
         lambda images: unit(images.pooled - centre),
     )
+
+
+def likened(reference: Fingerprints, samples: Fingerprints) -> Fingerprints:
+    """Reference images made as blurred, pale or alike as the samples are, so that these alone don't set them apart.
+
+    A blurred image has no fine structure of its own: all its distances are smaller, and the nearest stands out more.
+    """
+    shape = reference.small.shape
+    small = likened_vectors(centred(reference.small.flatten(1)), centred(samples.small.flatten(1)))
+    return Fingerprints(small.reshape(shape), likened_vectors(reference.pooled, samples.pooled))
+
+
+def likened_vectors(reference: Tensor, samples: Tensor) -> Tensor:
+    """(R, D) of (R, D), with the mean of samples (m, D) and their variance along the main components of the reference.
+
+    These are up to 64, and one in ten of R at the most, so that they hold for other images too; what is outside them
+    has the samples' variance as a whole. No spread gets below a fifth of what it was: where all samples are copies of
+    one image, the reference must not become that image.
+    """
+    mean, around = reference.mean(0), samples - samples.mean(0)
+    reference = reference - mean
+    num = min(NUM_COMPONENTS, len(reference) // 10, reference.shape[1])
+    covariance = (reference.T @ reference).double().numpy()
+    size = len(covariance)
+    basis = torch.from_numpy(eigh(covariance, subset_by_index=[size - num, size - 1])[1]).float()
+    parts, around_parts = reference @ basis, around @ basis
+    rest, around_rest = reference - parts @ basis.T, around - around_parts @ basis.T
+    gains = gain(around_parts.pow(2).mean(0), parts.pow(2).mean(0))
+    return samples.mean(0) + (parts * gains) @ basis.T + rest * gain(around_rest.pow(2).mean(), rest.pow(2).mean())
+
+
+def gain(wanted: Tensor, had: Tensor) -> Tensor:
+    """What takes one variance to another, at least 0.2."""
+    return (wanted / had.clamp(min=torch.finfo(had.dtype).tiny)).sqrt().clamp(MIN_GAIN, 1 / MIN_GAIN)
 
 
 class Search:
