@@ -251,8 +251,8 @@ def save_pairs(path: Path, pairs: Sequence[Pair], samples: Samples, training: Xr
         shown = [pair for pair in pairs if pair.space == space][:PAIRS_SHOWN]
         for column, pair in enumerate(shown):
             above, below = grid[2 * place][column], grid[2 * place + 1][column]
-            above.imshow(samples.at(pair.number), cmap="gray", vmin=0, vmax=255)
-            below.imshow(training.images([pair.row])[0, 0], cmap="gray", vmin=0, vmax=255)
+            above.imshow(samples.at(pair.number).numpy(), cmap="gray", vmin=0, vmax=255)
+            below.imshow(training.images([pair.row])[0, 0].numpy(), cmap="gray", vmin=0, vmax=255)
             color = "firebrick" if pair.is_suspect else "black"
             above.set_title(f"{shorten(pair.sample)}\n{space}, ratio {pair.ratio:.2f}", fontsize=8, color=color)
             below.set_title(f"{shorten(pair.key)}\ndistance {pair.distance:.3f}", fontsize=8)

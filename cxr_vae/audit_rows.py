@@ -13,8 +13,9 @@ from cxr_vae.config import Config
 from cxr_vae.errors import UserError
 from cxr_vae.index import SplitIndex
 
-MAX_REFERENCE = 4000
-"""Training images, and held-out images, whose own nearest training images are looked for."""
+MAX_REFERENCE = 2000
+"""Training images whose own nearest training images are looked for."""
+MAX_HELD_OUT = 2000
 MIN_IMAGES = 16
 
 Ints = npt.NDArray[np.int64]
@@ -37,7 +38,7 @@ class Rows:
 
 
 def choose_rows(training: SplitIndex, held_out: SplitIndex, seed: int) -> Rows:
-    """Chooses up to 4,000 reference and held-out images, by `seed`; UserError where there are too few."""
+    """Chooses up to 2,000 reference and 2,000 held-out images, by `seed`; UserError where there are too few."""
     rng = np.random.default_rng(seed)
     patients = training.texts("patient") + held_out.texts("patient")
     groups = same_person(patients, np.concatenate([training.numbers("sha256"), held_out.numbers("sha256")]))
@@ -53,7 +54,7 @@ def choose_rows(training: SplitIndex, held_out: SplitIndex, seed: int) -> Rows:
         groups,
         held_groups,
         some(np.arange(len(training)), MAX_REFERENCE, rng),
-        some(free, min(MAX_REFERENCE, len(training)), rng),
+        some(free, min(MAX_HELD_OUT, len(training)), rng),
         len(held_out) - len(free),
     )
 

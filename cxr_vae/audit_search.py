@@ -12,7 +12,7 @@ from cxr_vae.fingerprints import NUM_PER_BLOCK, Fingerprints, SplitFingerprints,
 from cxr_vae.memorisation import NUM_NEAREST
 from cxr_vae.neighbours import Neighbours, Search, Space, feature_space, likened, merge, pixel_space
 
-NUM_FOR_SHARE = 1000
+NUM_FOR_SHARE = 500
 """Training images whose share closer to other training patients is found."""
 
 
@@ -86,6 +86,6 @@ def num_to_keep(num_training: int, num_held_out: int) -> int:
 
 
 def for_share(rows: Rows) -> Ints:
-    """Places of up to 1,000 of the reference images."""
+    """Places of up to 500 of the reference images."""
     num = len(rows.reference)
     return np.linspace(0, num - 1, min(num, NUM_FOR_SHARE)).astype(np.int64)

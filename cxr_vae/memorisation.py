@@ -60,7 +60,7 @@ class Limit:
 class CopiesTest:
     """Whether more samples have a training image all to themselves than new images would."""
 
-    limits: tuple[Limit, ...]
+    limits: list[Limit]
     num_reference: int
     num_independent: int
     """What the reference images count for, since those of one patient are alike."""
@@ -98,7 +98,7 @@ def copies_test(ratios: Floats, reference: Floats, reference_groups: Ints, level
         needed = int(np.argmax(np.append(tail, 0) <= level / len(ranks)))
         share = k / (independent + 1)
         limits.append(Limit(share, ratio, len(ratios) * share, below, min(1.0, float(tail[below])), needed))
-    return CopiesTest(tuple(limits), len(reference), independent)
+    return CopiesTest(limits, len(reference), independent)
 
 
 @dataclass(frozen=True)
