@@ -28,7 +28,7 @@ RULE = (
 )
 DISTANCE = (
     "sqrt(2 - 2 c), 0 to 2; pixels: c is the largest normalised cross-correlation of copies of 32 x 32 pixels over "
-    "shifts of up to 2; features: c is the cosine about the mean of training images"
+    "shifts of up to 2 pixels; features: c is the cosine about the mean of training images"
 )
 
 

@@ -12,6 +12,9 @@ from cxr_vae.fingerprints import NUM_PER_BLOCK, Fingerprints, SplitFingerprints,
 from cxr_vae.memorisation import NUM_NEAREST
 from cxr_vae.neighbours import Neighbours, Search, Space, feature_space, likened, merge, pixel_space
 
+BLOCKS_AT_ONCE = 8
+"""So many that shifting what is looked for, once for each of these, takes little of the time."""
+
 NUM_FOR_SHARE = 500
 """Training images whose share closer to other training patients is found."""
 
@@ -47,12 +50,13 @@ def search_all(
     searches = [Search(space, queries, groups, keep, here.device) for space in spaces]
     first, last = here.slice(0, training.num_blocks)
     with Progress(last - first, "search training images", unit="blocks", enabled=here.is_main) as progress:
-        for number in range(first, last):
-            start = number * NUM_PER_BLOCK
-            block = training.block(number)
+        for number in range(first, last, BLOCKS_AT_ONCE):
+            start, stop = number, min(number + BLOCKS_AT_ONCE, last)
+            images = join([training.block(block) for block in range(start, stop)])
+            groups_there = rows.groups[start * NUM_PER_BLOCK :][: len(images.small)]
             for search in searches:
-                search.look_at(block, rows.groups[start : start + len(block.small)], start)
-            progress.advance()
+                search.look_at(images, groups_there, start * NUM_PER_BLOCK)
+            progress.advance(stop - start)
     gathered = here.gather([search.found() for search in searches])
     if gathered is None:
         return []
