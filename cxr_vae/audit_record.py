@@ -242,7 +242,7 @@ def save_pairs(path: Path, pairs: Sequence[Pair], samples: Samples, training: Xr
     from matplotlib.figure import Figure
 
     spaces = list(dict.fromkeys(pair.space for pair in pairs))
-    figure = Figure(figsize=(1.9 * PAIRS_SHOWN, 5.2 * len(spaces)), layout="constrained")
+    figure = Figure(figsize=(1.9 * PAIRS_SHOWN, 4.6 * len(spaces)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2 * len(spaces), PAIRS_SHOWN, squeeze=False)
     for axes in grid.flat:

@@ -50,9 +50,9 @@ def search_all(
     searches = [Search(space, queries, groups, keep, here.device) for space in spaces]
     first, last = here.slice(0, training.num_blocks)
     with Progress(last - first, "search training images", unit="blocks", enabled=here.is_main) as progress:
-        for number in range(first, last, BLOCKS_AT_ONCE):
-            start, stop = number, min(number + BLOCKS_AT_ONCE, last)
-            images = join([training.block(block) for block in range(start, stop)])
+        for start in range(first, last, BLOCKS_AT_ONCE):
+            stop = min(start + BLOCKS_AT_ONCE, last)
+            images = join([training.block(number) for number in range(start, stop)])
             groups_there = rows.groups[start * NUM_PER_BLOCK :][: len(images.small)]
             for search in searches:
                 search.look_at(images, groups_there, start * NUM_PER_BLOCK)

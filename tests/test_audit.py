@@ -374,9 +374,9 @@ def test_one_process_finds_the_same_as_two_and_keeps_their_record(
     assert (run / "evaluation" / "closest_pairs.1.png").is_file()
     found = [{(pair["space"], pair["sample"]): pair for pair in record["closest_pairs"]} for record in (one, two)]
     for place, pair in found[0].items():
-        if place in found[1]:  # the last of those listed may differ where two are all but equal
+        if place in found[1]:  # the last of those listed may differ by rounding, and so may ratios of about 0
             assert pair["key"] == found[1][place]["key"]
-            assert pair["ratio"] == pytest.approx(found[1][place]["ratio"], abs=1e-3)
+            assert pair["ratio"] == pytest.approx(found[1][place]["ratio"], abs=0.01)
     for space, of_one in one["spaces"].items():
         assert of_one["share"]["share"] == pytest.approx(two["spaces"][space]["share"]["share"], abs=1e-6)
 
