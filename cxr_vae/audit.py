@@ -107,7 +107,7 @@ def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
     """The tests of one space."""
     reference_groups = rows.groups[rows.reference]
     chosen = for_share(rows)
-    of_chosen = Neighbours(*(array[chosen] for array in found.reference))
+    of_chosen = found.reference.of(chosen)
     held_out_distances = found.held_out.distances[:, 0]
     return Findings(
         found.space,
@@ -145,17 +145,19 @@ def closest_pairs(found: Found, judged: Findings, samples: Samples, training: Sp
     limit = judged.copies.best
     order = np.argsort(ratios, kind="stable")[: min(MOST_LISTED, max(NUM_LISTED, limit.found))]
     rows = [int(row) for row in found.samples.ids[order, 0]]
-    texts = [training.texts(name, rows) for name in ("key", "source", "patient")]
+    keys, sources, patients = (training.texts(name, rows) for name in ("key", "source", "patient"))
     return [
         Pair(
-            found.space,
-            int(number),
-            samples.names[number],
-            row,
-            *words,
-            float(found.samples.distances[number, 0]),
-            float(ratios[number]),
-            bool(ratios[number] < limit.ratio),
+            space=found.space,
+            number=int(number),
+            sample=samples.names[number],
+            row=rows[place],
+            key=keys[place],
+            source=sources[place],
+            patient=patients[place],
+            distance=float(found.samples.distances[number, 0]),
+            ratio=float(ratios[number]),
+            is_suspect=bool(ratios[number] < limit.ratio),
         )
-        for number, row, words in zip(order, rows, zip(*texts, strict=True), strict=True)
+        for place, number in enumerate(order)
     ]

@@ -1,6 +1,5 @@
 """Looks for the nearest real images of everything an audit compares, on one or more ranks."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,17 +60,19 @@ def search_all(
     if gathered is None:
         return []
     found = []
+    ends = np.cumsum([len(samples.small), len(reference.small)])
+    chosen = Fingerprints(*(whole[for_share(rows)] for whole in reference))
+    few = min(keep, len(held_out.small))
     for place, space in enumerate(spaces):
         nearest = merge([rank[place] for rank in gathered], keep)
-        parts = np.cumsum([0, len(samples.small), len(reference.small), len(held_out.small)])
         found.append(
             Found(
                 space.name,
-                *(Neighbours(*(array[a:b] for array in nearest)) for a, b in pairwise(parts)),
-                *(
-                    search_one(space, some, held_out, min(keep, len(held_out.small)), here)
-                    for some in (samples, Fingerprints(*(whole[for_share(rows)] for whole in reference)))
-                ),
+                samples=nearest.of(slice(0, ends[0])),
+                reference=nearest.of(slice(ends[0], ends[1])),
+                held_out=nearest.of(slice(ends[1], None)),
+                samples_in_held_out=search_one(space, samples, held_out, few, here),
+                reference_in_held_out=search_one(space, chosen, held_out, few, here),
             )
         )
     return found

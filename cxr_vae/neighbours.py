@@ -33,6 +33,10 @@ class Neighbours(NamedTuple):
     distances: npt.NDArray[np.float32]
     ids: npt.NDArray[np.int64]
 
+    def of(self, images: slice | npt.NDArray[np.int64]) -> "Neighbours":
+        """Those of some of the images."""
+        return Neighbours(self.distances[images], self.ids[images])
+
 
 @dataclass(frozen=True)
 class Space:
