@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from cxr_vae import audit as audit_module
 from cxr_vae.audit import audit
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.dataset import XrayDataset
-from cxr_vae.features import FeatureNetwork, load_network
+from cxr_vae.features import FeatureNetwork, Features, load_network
 from cxr_vae.files import write_atomically
 from cxr_vae.index import ShardDirectory
 from cxr_vae.run_dir import RunDir
@@ -84,28 +84,25 @@ def unchanged(images: Tensor) -> Tensor:
     return images
 
 
-class Remembering(nn.Module):
+@dataclass(frozen=True)
+class Remembering(FeatureNetwork):
     """A feature network that computes an image once: here the sets share most of theirs."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.known: dict[bytes, tuple[Tensor, ...]] = {}
+    known: dict[bytes, Tensor] = field(default_factory=dict)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        names = [hashlib.sha256(image[0].numpy().tobytes()).digest() for image in images]
+    def __call__(self, images: Tensor) -> Features:
+        names = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
         new = [place for place, name in enumerate(names) if name not in self.known]
         if new:
-            for place, *parts in zip(new, *self.module(images[new]), strict=True):
-                self.known[names[place]] = tuple(parts)
-        pooled, logits = zip(*(self.known[name] for name in names), strict=True)
-        return torch.stack(pooled), torch.stack(logits)
+            self.known.update(zip([names[place] for place in new], super().__call__(images[new]).pooled, strict=True))
+        pooled = torch.stack([self.known[name] for name in names])
+        return Features(pooled, pooled[:, :0])
 
 
 @cache
 def remembering(name: str, device: torch.device) -> FeatureNetwork:
     network = load_network(name, device)
-    return replace(network, module=Remembering(network.module))
+    return Remembering(network.name, network.weights_sha256, network.module, network.device)
 
 
 class Sets:
