@@ -105,23 +105,20 @@ def describe(samples: Samples, network: FeatureNetwork, here: World) -> Fingerpr
 
 def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
     """The tests of one space."""
-    reference_groups = rows.groups[rows.reference]
-    chosen = for_share(rows)
-    of_chosen = found.reference.of(chosen)
-    held_out_distances = found.held_out.distances[:, 0]
+    sample_distances, held_out_distances = found.samples.distances[:, 0], found.held_out.distances[:, 0]
     return Findings(
-        found.space,
-        len(found.samples.ids),
-        copies_test(
+        space=found.space,
+        num_samples=len(sample_distances),
+        copies=copies_test(
             nearness_ratios(found.samples.distances),
             nearness_ratios(found.reference.distances),
-            reference_groups,
+            rows.groups[rows.reference],
             level_of_a_test(2),
         ),
-        share_test(found.samples, found.samples_in_held_out, rows, seed),
-        share_test(of_chosen, found.reference_in_held_out, rows, seed),
-        float((found.samples.distances[:, 0] < np.quantile(held_out_distances, 0.01)).mean()),
-        copying_statistic(found.samples.distances[:, 0], held_out_distances),
+        share=share_test(found.samples, found.samples_in_held_out, rows, seed),
+        share_of_training=share_test(found.reference.of(for_share(rows)), found.reference_in_held_out, rows, seed),
+        share_below=float((sample_distances < np.quantile(held_out_distances, 0.01)).mean()),
+        c_t=copying_statistic(sample_distances, held_out_distances),
     )
 
 
