@@ -140,6 +140,7 @@ def closest_pairs(found: Found, judged: Findings, samples: Samples, training: Sp
     """The samples that most have a training image to themselves, first the most; 24, or all suspects up to 200."""
     ratios = nearness_ratios(found.samples.distances)
     limit = judged.copies.best
+    is_alarm = judged.copies.p_value <= level_of_a_test(2)
     order = np.argsort(ratios, kind="stable")[: min(MOST_LISTED, max(NUM_LISTED, limit.found))]
     rows = [int(row) for row in found.samples.ids[order, 0]]
     keys, sources, patients = (training.texts(name, rows) for name in ("key", "source", "patient"))
@@ -154,7 +155,7 @@ def closest_pairs(found: Found, judged: Findings, samples: Samples, training: Sp
             patient=patients[place],
             distance=float(found.samples.distances[number, 0]),
             ratio=float(ratios[number]),
-            is_suspect=bool(ratios[number] < limit.ratio),
+            is_suspect=is_alarm and bool(ratios[number] < limit.ratio),
         )
         for place, number in enumerate(order)
     ]

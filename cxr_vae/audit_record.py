@@ -49,7 +49,7 @@ class Pair:
     ratio: float
     """The distance over the mean of those to the 50 nearest training images; near 0: a copy."""
     is_suspect: bool
-    """Below the limit that most speaks for copies."""
+    """Where the copies test of this space raises the flag: below its limit. Some of these may be no copies."""
 
 
 def record_of(

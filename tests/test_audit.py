@@ -386,6 +386,7 @@ def test_real_images_of_other_patients_are_no_alarm(audited: Path, shards: Path,
     write(tmp_path / "real", dataset.images(range(18)), "real")
     record = audit(RunDir(audited), ["features=random"], images=tmp_path / "real", out=tmp_path / "found")
     assert record["flag"] is False
+    assert not any(pair["is_suspect"] for pair in record["closest_pairs"])
     assert json.loads((tmp_path / "found" / "memorisation.json").read_text()) == record
     assert record_of(audited)["flag"] is True  # where it was
 
