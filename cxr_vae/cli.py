@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_audit(commands)
     _add_report(commands)
     _add_fetch_weights(commands)
     _add_config(commands)
@@ -263,6 +264,43 @@ def evaluate(arguments: argparse.Namespace) -> int:
     results = run_evaluation(run, arguments.overrides)
     if rank() == 0:
         print(f"\n{figures_table(results)}\n\n{run.results}")
+    return 0
+
+
+def _add_audit(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "audit",
+        audit,
+        "Looks for memorised training images among a run's samples and writes what it finds and the closest pairs as a "
+        "picture, alone or under torchrun.",
+        "cxr-vae audit runs/reference features=random",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="PNGs to look at (default: the run's evaluation's, or new ones)"
+    )
+    parser.add_argument(
+        "--held-out", metavar="SPLIT", help="of images the model never saw (default: evaluate.real_split)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for what is found (default: RUN/evaluation)")
+    add_overrides(parser)
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    """`cxr-vae audit`."""
+    from cxr_vae.audit import audit as run_audit
+    from cxr_vae.audit_record import RECORD, in_short
+    from cxr_vae.console import outlive_full_log_disk
+    from cxr_vae.run_dir import RunDir
+
+    outlive_full_log_disk()
+    run = RunDir(arguments.run)
+    record = run_audit(
+        run, arguments.overrides, images=arguments.images, held_out=arguments.held_out, out=arguments.out
+    )
+    if rank() == 0:
+        print(f"\n{in_short(record)}\n\n{(arguments.out or run.evaluation) / RECORD}")
     return 0
 
 

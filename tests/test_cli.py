@@ -13,7 +13,7 @@ from tests.helpers import environment
 COMMANDS = {
     "cxr-vae": [
         *("phantom", "split", "shard", "inspect"),
-        *("train", "checkpoints", "export", "generate", "evaluate", "report", "fetch-weights"),
+        *("train", "checkpoints", "export", "generate", "evaluate", "audit", "report", "fetch-weights"),
         "config",
     ],
     "cxr-launch": ["shard", "train", "evaluate", "pipeline", "sweep", "status", "logs", "cancel", "doctor"],
