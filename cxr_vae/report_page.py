@@ -1,0 +1,360 @@
+"""A run, or several beside each other, as one HTML file that needs no network: `cxr-vae report`.
+
+This module says what stands on the page; templates/report.html says how it looks. Text from files is escaped by Jinja2,
+and the page's own Content-Security-Policy forbids it to load anything or to run any script but its own.
+"""
+
+import base64
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from cxr_vae import __version__
+from cxr_vae.config import OPTIONS
+from cxr_vae.features import NO_FID
+from cxr_vae.files import write_atomically
+from cxr_vae.report_figures import (
+    Cell,
+    Table,
+    comparison_tables,
+    describe,
+    figure_tables,
+    grouped,
+    interval,
+    losses_circumstances,
+    losses_tables,
+    number,
+)
+from cxr_vae.report_history import history_tables
+from cxr_vae.report_images import Picture, load_picture, montage
+from cxr_vae.report_inputs import Finding, Inputs, Record, read_inputs
+from cxr_vae.report_plots import compared_curves, loss_curves, units_plot
+from cxr_vae.run_dir import RunDir
+
+PAGE = "report.html"
+MOST_COMPARED = 12
+"""Runs whose curves and pictures a comparison shows; its tables show all."""
+SMALL_SIDE = 700
+"""Pixels along a picture of a comparison."""
+NUM_SHOWN = 24
+"""Generated and real images beside each other."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number to be seen first."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what it lacks is said in `missing`."""
+
+    anchor: str
+    title: str
+    missing: str = ""
+    note: str = ""
+    findings: Sequence[Finding] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    texts: dict[str, str] = field(default_factory=dict)
+    """Long texts by title, shown when asked for."""
+
+
+def write_report(runs: Sequence[tuple[RunDir, str]], out: Path) -> None:
+    """Writes the page of runs, each with the name it goes by; UserError where one is no run."""
+    inputs = [read_inputs(run, name) for run, name in runs]
+    if len(inputs) == 1:
+        title, tiles, sections = inputs[0].name, tiles_of(inputs[0]), sections_of(inputs[0])
+        subtitle = str(inputs[0].run.path.resolve())
+    else:
+        title, tiles, sections = f"{len(inputs)} runs side by side", [], sections_comparing(inputs)
+        subtitle = ", ".join(one.name for one in inputs[:MOST_COMPARED]) + (" …" if len(inputs) > MOST_COMPARED else "")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, render(title, subtitle, tiles, sections))
+
+
+def render(title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Section]) -> str:
+    """The page as text."""
+    loader = jinja2.PackageLoader("cxr_vae", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script = loader.get_source(environment, "report.js")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(PAGE).render(
+        title=title,
+        subtitle=subtitle,
+        tiles=tiles,
+        sections=sections,
+        warnings=[(one, finding) for one in sections for finding in one.findings if finding.level == "warning"],
+        script=script,
+        script_hash=digest,
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M %z"),
+    )
+
+
+def sections_of(run: Inputs) -> list[Section]:
+    """The page of one run."""
+    return [
+        figures_section(run),
+        training_section(run),
+        images_section(run),
+        record_section(run, "memorisation", "Nearest training images", run.audit, run.run.evaluation),
+        latent_section(run),
+        record_section(run, "data", "The data", run.inspection, run.shards),
+        configuration_section(run),
+        Section("history", "History", tables=history_tables(run)),
+    ]
+
+
+def tiles_of(run: Inputs) -> list[Tile]:
+    """What one wants to know first."""
+    tiles = []
+    best = run.best_epoch
+    if best:
+        of = f"epoch {best['epoch']} of {len(run.epochs)}"
+        tiles.append(Tile("Best test loss", f"{best['test']['loss_nats']:.1f}", f"nats an image, {of}"))
+    if run.results:
+        network = str(run.results.features.get("network", ""))
+        for name, figure in list(run.results.figures.items())[:1]:
+            floor = "" if figure.floor is None else f"floor {number(figure.floor).text}"
+            spread = interval(figure.interval_95)
+            note = "; ".join(part for part in (spread, floor) if part)
+            tiles.append(Tile(describe(name, network)[0], number(figure.value).text, note))
+        for name, figure in (run.results.likelihood or {}).items():
+            if name == "bits_per_dim":
+                tiles.append(Tile("Bits per dimension", number(figure.value).text, interval(figure.interval_95)))
+    if run.audit and run.audit.findings:
+        flagged = any(finding.level == "warning" for finding in run.audit.findings)
+        tiles.append(Tile("Memorisation", "flagged" if flagged else "no sign", "audit of the samples"))
+    size = run.hyperparameters.get("num_parameters")
+    if isinstance(size, int):
+        tiles.append(Tile("Parameters", number(size).text, f"{run.config.get('data.image_size', '?')} px"))
+    return tiles
+
+
+def warnings_for(run: Inputs, section: str) -> list[Finding]:
+    """What should not be trusted there."""
+    text = run.warnings.get(section)
+    return [Finding(level="warning", text=text)] if text else []
+
+
+def figures_section(run: Inputs) -> Section:
+    """Figures with intervals and floors."""
+    title = "Figures"
+    if run.results is None:
+        return Section("figures", title, missing=run.missing["figures"])
+    findings = warnings_for(run, "figures")
+    if run.results.features.get("network") == "random":
+        findings.append(Finding(level="warning", text=NO_FID.removeprefix("WARNING: ")))
+    return Section("figures", title, findings=findings, tables=figure_tables(run.results))
+
+
+def training_section(run: Inputs) -> Section:
+    """Losses over epochs, and in figures at the first, the best and the last one."""
+    title = "Training"
+    best = run.best_epoch
+    if best is None:
+        return Section("training", title, missing=run.missing["training"])
+    rows = []
+    named = {"first": run.epochs[0], "best test loss": best, "last": run.epochs[-1]}
+    for what, epoch in named.items():
+        for split in ("train", "test"):
+            losses = epoch[split]
+            cells = [Cell(f"{losses[name]:.2f}") for name in ("loss_nats", "reconstruction_nats", "kl_nats")]
+            label = Cell(f"{epoch['epoch']}, {split}", what, is_number=False)
+            rows.append([label, *cells, Cell(f"{losses['bits_per_dim']:.4f}")])
+    headers = ["epoch", "loss", "reconstruction", "KL", "bits/dim"]
+    speeds = sorted(speed["images_per_s"] for speed in run.speeds)
+    note = f"Median speed: {speeds[len(speeds) // 2]:.0f} images/s." if speeds else ""
+    table = Table("Losses, nats an image", headers, rows, note)
+    return Section("training", title, pictures=loss_curves(run.epochs), tables=[table])
+
+
+def newest(run: Inputs, kind: str, title: str, max_side: int | None = None) -> Picture | None:
+    """The last sample or reconstruction grid."""
+    paths = sorted((run.run.path / kind).glob("epoch_*.png"))
+    if not paths:
+        return None
+    epoch = int(paths[-1].stem.removeprefix("epoch_"))
+    more = {} if max_side is None else {"max_side": max_side}
+    return load_picture(paths[-1], f"{title}, epoch {epoch}", f"Grid of {title.lower()} after epoch {epoch}", **more)
+
+
+def images_section(run: Inputs) -> Section:
+    """Grids of samples and reconstructions; generated images beside real ones."""
+    found = [newest(run, "samples", "Samples"), newest(run, "reconstructions", "Reconstructions below their originals")]
+    split = "real" if run.results is None else f"real ({run.results.real.get('split', '?')} split)"
+    for folder, what in (("generated", "Generated images of the evaluation"), ("real", f"Images that are {split}")):
+        paths = sorted((run.run.evaluation / folder).glob("*.png"))[:NUM_SHOWN]
+        found.append(montage(paths, what, f"The first {len(paths)}: {what.lower()}", columns=6))
+    pictures = [picture for picture in found if picture]
+    missing = "" if pictures else f"No pictures yet: `cxr-vae train {run.run.config}` draws them after an epoch."
+    return Section("images", "Samples and reconstructions", missing=missing, pictures=pictures)
+
+
+def record_section(run: Inputs, anchor: str, title: str, record: Record | None, folder: Path) -> Section:
+    """Tables, findings and pictures of a record."""
+    if record is None:
+        return Section(anchor, title, missing=run.missing[anchor])
+    loaded = {one.title: load_picture(folder / one.file, one.title, one.title) for one in record.pictures}
+    lost = [
+        Finding(level="note", text=f"The picture “{name}” can't be read.") for name, one in loaded.items() if not one
+    ]
+    return Section(
+        anchor,
+        title,
+        findings=[*warnings_for(run, anchor), *record.findings, *lost],
+        pictures=[picture for picture in loaded.values() if picture],
+        tables=[
+            Table(one.title, one.headers, [[number(value) for value in row] for row in one.rows])
+            for one in record.tables
+        ],
+    )
+
+
+def latent_section(run: Inputs) -> Section:
+    """Traversals and interpolations, and how many latent units are used."""
+    paths = sorted((run.run.evaluation / "pictures").glob("*.png"))
+    titles = [path.stem.replace("_", " ").capitalize() for path in paths]
+    loaded = [load_picture(path, title, title) for path, title in zip(paths, titles, strict=True)]
+    pictures = [picture for picture in loaded if picture]
+    latent = run.results.latent if run.results else {}
+    nats, active = latent.get("kl_nats_per_unit"), latent.get("active_units")
+    note = ""
+    if isinstance(active, int):
+        note = f"{active} of {latent.get('num_units', '?')} latent units are active."
+    if isinstance(nats, list) and nats:
+        pictures.append(units_plot(nats, active if isinstance(active, int) else None))
+    missing = "" if pictures or note else f"No latent pictures: `cxr-vae evaluate {run.run.path}` makes them."
+    return Section("latent", "Latent space", missing=missing, note=note, pictures=pictures)
+
+
+def configuration_section(run: Inputs) -> Section:
+    """What differs from the defaults, hyperparameters and environment as tables; all options as text."""
+    changed = {key: value for key, value in run.config.items() if key not in OPTIONS or value != default_of(key)}
+    tables = [facts_table("Options that differ from the defaults", changed)]
+    if run.hyperparameters:
+        tables.append(facts_table("Hyperparameters", run.hyperparameters))
+    environment = {key: value for key, value in run.environment.items() if key != "versions"}
+    versions = run.environment.get("versions")
+    if isinstance(versions, dict):
+        environment |= {f"version of {name}": value for name, value in versions.items()}
+    if environment:
+        tables.append(facts_table("Environment", environment))
+    missing = "" if environment else "No environment.json: a run writes it when it starts."
+    texts = {"All options (config.yaml)": run.run.config.read_text()}
+    return Section("configuration", "Configuration and environment", missing=missing, tables=tables, texts=texts)
+
+
+def default_of(key: str) -> object:
+    """An option's default, as YAML gives it."""
+    default = OPTIONS[key].default
+    return list(default) if isinstance(default, tuple) else default
+
+
+def facts_table(title: str, facts: dict[str, object]) -> Table:
+    """Names and values."""
+    rows = [[Cell(name, is_number=False), Cell(as_text(value), is_number=False)] for name, value in facts.items()]
+    return Table(title, ["name", "value"], rows)
+
+
+def as_text(value: object) -> str:
+    """A value as YAML writes it on one line."""
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")
+
+
+def sections_comparing(runs: Sequence[Inputs]) -> list[Section]:
+    """The page of several runs."""
+    lacking = [f"{run.name}: {run.missing['figures']}" for run in runs if run.results is None]
+    warned = [
+        Finding(level="warning", text=f"{run.name}: {text}")
+        for run in runs
+        for text in dict.fromkeys(run.warnings.values())
+    ]
+    if any(run.results and run.results.features.get("network") == "random" for run in runs):
+        warned.append(Finding(level="warning", text=NO_FID.removeprefix("WARNING: ")))
+    figures = comparison_tables(runs)
+    return [
+        Section("runs", "Runs", tables=losses_tables(runs), note="Losses of the test split, in nats an image."),
+        Section(
+            "figures",
+            "Figures",
+            missing="" if figures else "None of these runs has figures.",
+            note="Bold is the best of a row. Where intervals overlap it need not be better." if figures else "",
+            findings=[*warned, *(Finding(level="note", text=text) for text in lacking)],
+            tables=figures,
+        ),
+        *curves_sections(runs),
+        *(pictures_section(runs, kind, title) for kind, title in GRIDS.items()),
+        audits_section(runs),
+        Section("configuration", "What was set differently", tables=[differing_options(runs)]),
+    ]
+
+
+GRIDS = {"samples": "Samples", "reconstructions": "Reconstructions below their originals"}
+
+
+def curves_sections(runs: Sequence[Inputs]) -> list[Section]:
+    """Test losses over epochs, those that can be compared in one plot."""
+    trained = [run for run in runs if run.epochs][:MOST_COMPARED]
+    groups = grouped(trained, losses_circumstances)
+    if not groups:
+        return [Section("training", "Training", missing="No epoch is finished yet in any of these runs.")]
+    sections = []
+    for place, (members, _) in enumerate(groups):
+        title = "Training" if len(groups) == 1 else f"Training, group {place + 1} of {len(groups)}"
+        anchor = f"training-{place + 1}" if place else "training"
+        pictures = compared_curves({run.name: run.epochs for run in members})
+        sections.append(Section(anchor, title, note=shown_note(runs), pictures=pictures))
+    return sections
+
+
+def shown_note(runs: Sequence[Inputs]) -> str:
+    """That not all runs are shown, if so."""
+    return f"The first {MOST_COMPARED} of {len(runs)} runs." if len(runs) > MOST_COMPARED else ""
+
+
+def pictures_section(runs: Sequence[Inputs], kind: str, title: str) -> Section:
+    """The last grid of each run."""
+    found = [newest(run, kind, f"{run.name}: {title.lower()}", SMALL_SIDE) for run in runs[:MOST_COMPARED]]
+    pictures = [picture for picture in found if picture]
+    missing = "" if pictures else "None of these runs has drawn any yet."
+    return Section(kind, title, missing=missing, note=shown_note(runs), pictures=pictures)
+
+
+def audits_section(runs: Sequence[Inputs]) -> Section:
+    """What the memorisation audit says of each run."""
+    rows = []
+    for run in runs:
+        texts = [one.text for one in run.audit.findings] if run.audit else [run.missing["memorisation"]]
+        level = max((one.level for one in run.audit.findings), default="") if run.audit else "not audited"
+        cells = [Cell(run.name, is_number=False), Cell(level, is_number=False)]
+        rows.append([*cells, Cell(texts[0] if texts else "–", is_number=False)])
+    return Section(
+        "memorisation", "Nearest training images", tables=[Table("Audits", ["run", "level", "it says"], rows)]
+    )
+
+
+def differing_options(runs: Sequence[Inputs]) -> Table:
+    """Options as rows, runs as columns; without those all agree on."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.config if key != "run_dir"))
+    rows = []
+    for key in keys:
+        values = [as_text(run.config[key]) if key in run.config else "–" for run in runs]
+        if len(set(values)) > 1:
+            rows.append([Cell(key, is_number=False), *(Cell(value) for value in values)])
+    note = "" if rows else "Nothing: their configurations are equal."
+    return Table("Options that differ", ["option", *(run.name for run in runs)], rows, note)
