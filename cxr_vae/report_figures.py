@@ -4,8 +4,9 @@ Only figures that can be compared stand in one table: the same feature network, 
 images, splits and content of the splits. Runs of which something differs get a table of their own, with the reason.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cxr_vae.report_inputs import FigureRecord, Inputs, Results
@@ -85,15 +86,29 @@ def number(value: float | int | bool | str | None) -> Cell:
     return Cell(f"{value:,}".replace(",", " ") if isinstance(value, int) else brief(value))
 
 
-def brief(value: float) -> str:
-    """Four digits that count."""
-    text = f"{value:.4g}"
-    return (f"{value:.0f}" if "e+" in text and abs(value) < 1e9 else text).replace("-", "−")
+def brief(value: float, low_high: tuple[float, float] | None = None) -> str:
+    """A number with the digits that count: two of its interval's half, four where there is none."""
+    half = 0.0 if low_high is None else (low_high[1] - low_high[0]) / 2
+    if not math.isfinite(value) or not math.isfinite(half):
+        return str(value)
+    if half <= 0:
+        text = f"{value:.4g}"
+        text = f"{value:.0f}" if "e+" in text and abs(value) < 1e9 else text
+    elif max(abs(value), half) < 1e-3:
+        text = f"{value:.1e}".replace("e-0", "e-")
+    else:
+        text = f"{value:.{max(0, 1 - math.floor(math.log10(half)))}f}"
+    return text.replace("-", "−")
 
 
 def interval(low_high: tuple[float, float] | None) -> str:
     """`3.1 … 3.5`; empty where there is none."""
-    return "" if low_high is None else f"{brief(low_high[0])} … {brief(low_high[1])}"
+    return "" if low_high is None else f"{brief(low_high[0], low_high)} … {brief(low_high[1], low_high)}"
+
+
+def measured(value: float | None, low_high: tuple[float, float] | None) -> Cell:
+    """A figure, rounded as its interval asks for."""
+    return number(None) if value is None else Cell(brief(value, low_high))
 
 
 def words(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -171,8 +186,10 @@ def figure_tables(results: Results) -> list[Table]:
         rows = []
         for name, figure in figures.items():
             called, better = describe(name, network)
-            row = [Cell(called, better, is_number=False), number(figure.value), Cell(interval(figure.interval_95))]
-            row += [number(figure.floor), Cell(interval(figure.floor_interval_95))] if has_floor else []
+            row = [Cell(called, better, is_number=False), measured(figure.value, figure.interval_95)]
+            row.append(Cell(interval(figure.interval_95)))
+            if has_floor:
+                row += [measured(figure.floor, figure.floor_interval_95), Cell(interval(figure.floor_interval_95))]
             rows.append(row)
         tables.append(Table(title, headers, rows, floor_note(results) if has_floor else "", facts))
     return tables
@@ -257,7 +274,7 @@ def compared(title: str, runs: Sequence[Inputs], kind: Kind, facts: dict[str, st
 
 
 def _with_note(value: float | None, low_high: tuple[float, float] | None, is_best: bool = False) -> Cell:
-    return Cell(number(value).text, interval(low_high), is_best=is_best)
+    return replace(measured(value, low_high), note=interval(low_high), is_best=is_best)
 
 
 def best_of(values: Sequence[float | None], better: str) -> int | None:

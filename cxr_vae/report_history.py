@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cxr_vae.manifest import MANIFEST, published
-from cxr_vae.report_figures import Cell, Table, describe, interval, number
+from cxr_vae.report_figures import Cell, Table, brief, describe, interval, number
 from cxr_vae.report_inputs import Facts, Inputs, Results, read_checked, read_optional
 from cxr_vae.run_log import read_records
 
@@ -105,7 +105,7 @@ def evaluations(run: Inputs) -> Table:
         cells = [
             text(when(path.stat().st_mtime)),
             text(title),
-            Cell(number(figure.value).text, interval(figure.interval_95)),
+            Cell(brief(figure.value, figure.interval_95), interval(figure.interval_95)),
         ]
         rows.append([text(path.name), *cells, number(results.num_generated), number(results.num_real)])
     return Table("Evaluations", ["file", "written", "figure", "value", "generated", "real"], rows)

@@ -21,6 +21,7 @@ from cxr_vae.files import write_atomically
 from cxr_vae.report_figures import (
     Cell,
     Table,
+    brief,
     comparison_tables,
     describe,
     figure_tables,
@@ -67,6 +68,8 @@ class Section:
     tables: Sequence[Table] = ()
     texts: dict[str, str] = field(default_factory=dict)
     """Long texts by title, shown when asked for."""
+    are_narrow: bool = False
+    """Whether its tables go beside each other where there is room."""
 
 
 def write_report(runs: Sequence[tuple[RunDir, str]], out: Path) -> None:
@@ -127,13 +130,15 @@ def tiles_of(run: Inputs) -> list[Tile]:
     if run.results:
         network = str(run.results.features.get("network", ""))
         for name, figure in list(run.results.figures.items())[:1]:
-            floor = "" if figure.floor is None else f"floor {number(figure.floor).text}"
+            floor = "" if figure.floor is None else f"floor {brief(figure.floor, figure.floor_interval_95)}"
             spread = interval(figure.interval_95)
             note = "; ".join(part for part in (spread, floor) if part)
-            tiles.append(Tile(describe(name, network)[0], number(figure.value).text, note))
+            value = brief(figure.value, figure.interval_95)
+            tiles.append(Tile(describe(name, network)[0], value, note))
         for name, figure in (run.results.likelihood or {}).items():
             if name == "bits_per_dim":
-                tiles.append(Tile("Bits per dimension", number(figure.value).text, interval(figure.interval_95)))
+                value = brief(figure.value, figure.interval_95)
+                tiles.append(Tile("Bits per dimension", value, interval(figure.interval_95)))
     if run.audit and run.audit.findings:
         flagged = any(finding.level == "warning" for finding in run.audit.findings)
         tiles.append(Tile("Memorisation", "flagged" if flagged else "no sign", "audit of the samples"))
@@ -167,8 +172,9 @@ def training_section(run: Inputs) -> Section:
     if best is None:
         return Section("training", title, missing=run.missing["training"])
     rows = []
-    named = {"first": run.epochs[0], "best test loss": best, "last": run.epochs[-1]}
-    for what, epoch in named.items():
+    for epoch in {one["epoch"]: one for one in (run.epochs[0], best, run.epochs[-1])}.values():
+        names = {"first": run.epochs[0], "best test loss": best, "last": run.epochs[-1]}
+        what = ", ".join(name for name, one in names.items() if one is epoch)
         for split in ("train", "test"):
             losses = epoch[split]
             cells = [Cell(f"{losses[name]:.2f}") for name in ("loss_nats", "reconstruction_nats", "kl_nats")]
@@ -248,13 +254,19 @@ def configuration_section(run: Inputs) -> Section:
         tables.append(facts_table("Hyperparameters", run.hyperparameters))
     environment = {key: value for key, value in run.environment.items() if key != "versions"}
     versions = run.environment.get("versions")
-    if isinstance(versions, dict):
-        environment |= {f"version of {name}": value for name, value in versions.items()}
     if environment:
         tables.append(facts_table("Environment", environment))
+    if isinstance(versions, dict):
+        tables.append(facts_table("Versions", versions))
     missing = "" if environment else "No environment.json: a run writes it when it starts."
-    texts = {"All options (config.yaml)": run.run.config.read_text()}
-    return Section("configuration", "Configuration and environment", missing=missing, tables=tables, texts=texts)
+    return Section(
+        "configuration",
+        "Configuration and environment",
+        missing=missing,
+        tables=tables,
+        texts={"All options (config.yaml)": run.run.config.read_text()},
+        are_narrow=True,
+    )
 
 
 def default_of(key: str) -> object:

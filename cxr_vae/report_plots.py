@@ -20,6 +20,7 @@ PLAIN = {
     "text.parse_math": False,  # names of runs may hold $
     "font.family": "sans-serif",
     "font.size": 11,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
