@@ -34,6 +34,8 @@ LAYERS = [
     ["report_inputs", "report_images"],
     ["report_figures", "report_plots"],
     ["report_history"],
+    ["report_sections"],
+    ["report_comparison"],
     ["report_page"],
     ["report_command"],
     ["command_line"],

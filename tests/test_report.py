@@ -208,7 +208,7 @@ class TestContent:
             "Samples, epoch 2",
             "Reconstructions below their originals, epoch 2",
             "Generated images of the evaluation",
-            "Images that are real (test split)",
+            "Real images, test split",
         ]
         audit = section(page, "memorisation")
         assert dict(tables(audit))["Closest pairs"] == [["sample", "ratio", "known"], ["000017", "0.031", "yes"]]
@@ -417,7 +417,7 @@ class TestComparison:
             report_runs([folder / "a"], tmp_path)
         broken = make_run(tmp_path / "broken")
         broken.config.write_text("{")
-        with pytest.raises(UserError, match="config.yaml is damaged"):
+        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
             report_runs([broken.path, folder / "a"], tmp_path / "r.html")
 
 
