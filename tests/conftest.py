@@ -20,19 +20,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SLOW_FILES = (
-    "slurm",
-    "train",
-    "faults",
-    "sbatch",
-    "launch",
-    "evaluate",
-    "report",
-    "metrics",
-    "guard",
-    "run_export",
-    "doctor",
-)
+SLOW_FILES = ("slurm", "train", "faults", "sbatch", "launch", "evaluate", "metrics", "guard", "run_export", "doctor")
 """The slowest first: each file runs in one process, and the last must not be a long one."""
 
 
