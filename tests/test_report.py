@@ -246,7 +246,8 @@ class TestContent:
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"tables": [{"title": 3}]}', '{"findings": "x"}'])
     def test_a_broken_record_is_said_to_be_broken(self, tmp_path: Path, content: str) -> None:
-        broken = make_run(tmp_path / "run", {"figures": {}}, losses=())
+        broken = make_run(tmp_path / "run", losses=())
+        broken.evaluation.mkdir()
         (broken.evaluation / "memorisation.json").write_text(content)
         report_runs([broken.path])
         said = text_of(section(read_page(broken.path / "report.html"), "memorisation"))

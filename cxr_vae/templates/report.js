@@ -21,7 +21,8 @@ for (const button of document.querySelectorAll("button.zoom")) {
       button.parentElement.querySelector("figcaption").firstChild.textContent.trim();
     dialog.showModal();
     const ratio = image.getAttribute("width") / image.getAttribute("height");
-    width = Math.min(stage.clientWidth, Math.max(stage.clientHeight * ratio, image.getAttribute("width")));
+    const room = stage.clientWidth - 24; // the padding on both sides
+    width = Math.min(room, Math.max((stage.clientHeight - 24) * ratio, image.getAttribute("width")));
     resize(1);
     stage.focus();
   });
