@@ -13,7 +13,7 @@ from cxr_vae.report_figures import (
 )
 from cxr_vae.report_inputs import Finding, Inputs
 from cxr_vae.report_plots import compared_curves
-from cxr_vae.report_sections import Section, as_text, newest
+from cxr_vae.report_sections import Section, as_text, is_mild, newest
 
 GRIDS = {"samples": "Samples", "reconstructions": "Reconstructions below their originals"}
 MOST_COMPARED = 12
@@ -82,7 +82,7 @@ def audits_section(runs: Sequence[Inputs]) -> Section:
     """What the memorisation audit says of each run."""
     rows = []
     for run in runs:
-        found = sorted(run.audit.findings, key=lambda one: one.level != "warning") if run.audit else []
+        found = sorted(run.audit.findings, key=is_mild) if run.audit else []
         texts = [one.text for one in found] if run.audit else [run.missing["memorisation"]]
         level = found[0].level if found else "not audited"
         cells = [Cell(run.name, is_number=False), Cell(level, is_number=False)]

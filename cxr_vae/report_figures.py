@@ -65,14 +65,14 @@ Group = tuple[list[Inputs], dict[str, str]]
 """Runs that may stand in one table, and the circumstances they share."""
 
 
-def describe(name: str, network: str = "") -> tuple[str, str]:
+def describe(name: str) -> tuple[str, str]:
     """A figure's title and which way is better; `frechet_random` is `Fréchet distance, random features`."""
     known = max((one for one in KNOWN if name == one or name.startswith(f"{one}_")), key=len, default=None)
     if known is None:
         return name.replace("_", " "), ""
     title, better = KNOWN[known]
     rest = name[len(known) + 1 :]
-    return f"{title}{f', {network or rest} features' if rest else ''}", better
+    return f"{title}{f', {rest} features' if rest else ''}", better
 
 
 def number(value: float | int | bool | str | None) -> Cell:
@@ -176,7 +176,6 @@ KINDS: dict[str, Kind] = {
 def figure_tables(results: Results) -> list[Table]:
     """The tables of one run."""
     tables = []
-    network = str(results.features.get("network", ""))
     for title, kind in KINDS.items():
         figures, facts = kind(results)
         if not figures:
@@ -185,7 +184,7 @@ def figure_tables(results: Results) -> list[Table]:
         headers = ["figure", "value", "95 % interval", *(["floor", "its 95 % interval"] if has_floor else [])]
         rows = []
         for name, figure in figures.items():
-            called, better = describe(name, network)
+            called, better = describe(name)
             row = [Cell(called, better, is_number=False), measured(figure.value, figure.interval_95)]
             row.append(Cell(interval(figure.interval_95)))
             if has_floor:
@@ -255,7 +254,7 @@ def compared(title: str, runs: Sequence[Inputs], kind: Kind, facts: dict[str, st
     has_floor = any(figure.floor is not None for figures in found for figure in figures.values())
     rows = []
     for name in names:
-        called, better = describe(name, facts.get("feature network", ""))
+        called, better = describe(name)
         row = [Cell(called, better, is_number=False)]
         records = [figures.get(name) for figures in found]
         if has_floor:

@@ -101,7 +101,7 @@ def evaluations(run: Inputs) -> Table:
         if results is None or not results.figures:
             continue
         name, figure = next(iter(results.figures.items()))
-        title = describe(name, str(results.features.get("network", "")))[0]
+        title = describe(name)[0]
         cells = [
             text(when(path.stat().st_mtime)),
             text(title),

@@ -1,5 +1,6 @@
 """What stands on the page of one run, section by section; a comparison is made of the same parts."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,13 +67,12 @@ def tiles_of(run: Inputs) -> list[Tile]:
         of = f"epoch {best['epoch']} of {len(run.epochs)}"
         tiles.append(Tile("Best test loss", f"{best['test']['loss_nats']:.1f}", f"nats an image, {of}"))
     if run.results:
-        network = str(run.results.features.get("network", ""))
         for name, figure in list(run.results.figures.items())[:1]:
             floor = "" if figure.floor is None else f"floor {brief(figure.floor, figure.floor_interval_95)}"
             spread = interval(figure.interval_95)
             note = "; ".join(part for part in (spread, floor) if part)
             value = brief(figure.value, figure.interval_95)
-            tiles.append(Tile(describe(name, network)[0], value, note))
+            tiles.append(Tile(describe(name)[0], value, note))
         for name, figure in (run.results.likelihood or {}).items():
             if name == "bits_per_dim":
                 value = brief(figure.value, figure.interval_95)
@@ -158,7 +158,7 @@ def record_section(run: Inputs, anchor: str, title: str, record: Record | None, 
     return Section(
         anchor,
         title,
-        findings=sorted([*warnings_for(run, anchor), *record.findings, *lost], key=gravity),
+        findings=sorted([*warnings_for(run, anchor), *record.findings, *lost], key=is_mild),
         pictures=[picture for picture in loaded.values() if picture],
         tables=[
             Table(one.title, one.headers, [[number(value) for value in row] for row in one.rows])
@@ -167,9 +167,9 @@ def record_section(run: Inputs, anchor: str, title: str, record: Record | None, 
     )
 
 
-def gravity(finding: Finding) -> int:
-    """Warnings come first, what is well last."""
-    return {"warning": 0, "ok": 2}.get(finding.level, 1)
+def is_mild(finding: Finding) -> bool:
+    """Whether it is no warning: those come first."""
+    return finding.level != "warning"
 
 
 def latent_section(run: Inputs) -> Section:
@@ -196,7 +196,9 @@ def configuration_section(run: Inputs) -> Section:
     if run.hyperparameters:
         tables.append(facts_table("Hyperparameters", run.hyperparameters))
     environment = {key: value for key, value in run.environment.items() if key != "versions"}
-    versions = run.environment.get("versions")
+    versions, command = run.environment.get("versions"), run.environment.get("command")
+    if isinstance(command, list):
+        environment["command"] = shlex.join(map(str, command))
     if environment:
         tables.append(facts_table("Environment", environment))
     if isinstance(versions, dict):
