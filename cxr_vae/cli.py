@@ -309,18 +309,22 @@ def _add_report(commands: Any) -> None:
         commands,
         "report",
         report,
-        "Shows a run's losses, speed and figures; of a folder of runs, a table of their losses.",
+        "Shows a run's losses, speed and figures, and writes them with its pictures as one HTML file; several runs, or "
+        "a folder of them, stand beside each other.",
         "cxr-vae report runs/reference",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory, or a folder of them")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directory, or a folder of them")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="(default: report.html in the one RUN or folder, else here)"
+    )
 
 
 def report(arguments: argparse.Namespace) -> int:
     """`cxr-vae report`."""
-    from cxr_vae.report import report as describe
-    from cxr_vae.run_dir import RunDir
+    from cxr_vae.report_command import report_runs
 
-    print(describe(RunDir(arguments.run)))
+    text, page = report_runs(arguments.runs, arguments.out)
+    print(f"{text}\n\n{page}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """A run in a screenful: `cxr-vae report`, and what the pipeline prints at its end."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
 
 def report(run: RunDir) -> str:
     """Losses, speed and figures of a run as text, and which pictures to open; of a folder of runs, their table."""
-    if run.path.is_dir() and not run.config.is_file():
+    if is_folder_of_runs(run):
         return compare_runs(run.path)
     run.saved_config()
     parts = [losses_table(run)]
@@ -28,23 +29,41 @@ def report(run: RunDir) -> str:
     return "\n\n".join(parts)
 
 
+def is_folder_of_runs(run: RunDir) -> bool:
+    """Whether this is no run directory, but may hold some."""
+    return run.path.is_dir() and not run.config.is_file()
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """The runs in a folder, best test loss first; UserError where there are none."""
+    found = [run for path in sorted(folder.iterdir()) if path.is_dir() and (run := RunDir(path)).config.is_file()]
+    if not found:
+        raise UserError(f"{folder} is no run directory and holds none: name one that train wrote")
+    return sorted(found, key=best_test_loss)
+
+
+def best_test_loss(run: RunDir) -> float:
+    """In nats an image; infinite before the first epoch."""
+    return min((epoch["test"]["loss_nats"] for epoch in read_epochs(run)), default=float("inf"))
+
+
 def compare_runs(folder: Path) -> str:
     """The runs in a folder, best test loss first, as text; UserError where there are none."""
+    runs = runs_in(folder)
+    return f"{folder}: {len(runs)} runs, losses in nats an image\n\n{runs_table(runs)}"
+
+
+def runs_table(runs: Sequence[RunDir]) -> str:
+    """Losses of several runs."""
     rows = []
-    for run in (RunDir(path) for path in sorted(folder.iterdir()) if path.is_dir()):
-        if not run.config.is_file():
-            continue
+    for run in runs:
         epochs = read_epochs(run)
         losses = [epoch["test"]["loss_nats"] for epoch in epochs]
         best = min(range(len(losses)), key=losses.__getitem__, default=None)
         found = (None, None, None) if best is None else (losses[best], epochs[best]["epoch"], losses[-1])
         rows.append([run.path.name, "yes" if run.weights.is_file() else "no", len(epochs), *found])
-    if not rows:
-        raise UserError(f"{folder} is no run directory and holds none: name one that train wrote")
-    rows.sort(key=lambda row: (row[3] is None, row[3]))
     headers = ["run", "finished", "epochs", "best test loss", "at epoch", "last test loss"]
-    table = tabulate(rows, headers, floatfmt=("", "", "d", ".2f", "d", ".2f"), missingval="-")
-    return f"{folder}: {len(rows)} runs, losses in nats an image\n\n{table}"
+    return tabulate(rows, headers, floatfmt=("", "", "d", ".2f", "d", ".2f"), missingval="-")
 
 
 def losses_table(run: RunDir) -> str:

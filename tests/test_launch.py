@@ -75,7 +75,12 @@ class TestInline:
         stages = [line for line in first.stdout.splitlines() if line.startswith("──")]
         assert stages == ["── shard ──", "── train ──", "── evaluate ──", "── report ──"]
         assert "2 processes on cpu" in first.stdout
-        for made in ("vae_final.safetensors", "evaluation/evaluation_results.json", "samples/epoch_0002.png"):
+        for made in (
+            "vae_final.safetensors",
+            "evaluation/evaluation_results.json",
+            "samples/epoch_0002.png",
+            "report.html",
+        ):
             assert (tmp_path / "run" / made).is_file()
             assert made in first.stdout
         assert {one["state"] for one in states(tmp_path / "run").values()} == {"done"}
