@@ -23,6 +23,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.features import FeatureNetwork, choose_network, load_network
 from cxr_vae.fingerprints import Fingerprints, SplitFingerprints, fingerprint, join
 from cxr_vae.generate import my_blocks
+from cxr_vae.image_sets import usable_cache
 from cxr_vae.index import SplitIndex
 from cxr_vae.memorisation import (
     Findings,
@@ -61,9 +62,10 @@ def audit(
         rows = choose_rows(*indexes, config.seed)
         samples = choose_samples(run, config, images, here)
         name = here.broadcast(choose_network(config.evaluate.features) if here.is_main else None)
-        network = load_network(name, here.device)
+        network = load_network(name, here.device, config.evaluate.features_weights)
         of_samples = describe(samples, network, here)
-        training, others = (SplitFingerprints(index, network, run.evaluation / "fingerprints") for index in indexes)
+        cache = here.broadcast(usable_cache(run) if here.is_main else None)
+        training, others = (SplitFingerprints(index, network, cache) for index in indexes)
         training.prepare(here)
         others.prepare(here)
         found = search_all(of_samples, training, others, rows, here)

@@ -16,7 +16,8 @@ from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.export import load_vae
 from cxr_vae.files import read_json, sha256_of
-from cxr_vae.generate import MARKER, sample
+from cxr_vae.generate import MARKER
+from cxr_vae.image_sets import generated_images
 from cxr_vae.images import UnreadableImageError, decode_grey
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
@@ -54,24 +55,19 @@ def choose_samples(run: RunDir, config: Config, folder: Path | None, here: World
 def _choose(run: RunDir, config: Config, folder: Path | None, here: World) -> Samples:
     if folder is not None:
         return from_folder(folder, config.data.image_size)
-    num, generated = config.evaluate.num_generated, run.evaluation / "generated"
-    if run.weights.is_file() and (generated / MARKER).is_file():
-        marker = read_json(generated / MARKER, hint=f"delete {generated}")
-        paths = sorted(generated.glob("*.png"))[:num]
-        if marker.get("weights_sha256") == sha256_of(run.weights) and len(paths) == num:
-            return from_files(paths, config.data.image_size, {"folder": str(generated), **marker})
     model, _ = load_vae(run.weights, here.device)
-    facts = {"weights_sha256": sha256_of(run.weights), "seed": config.seed, "prior": "standard normal"}
+    images = generated_images(run, model, config, sha256_of(run.weights), here.device)
+    generated = run.evaluation / "generated"
+    if (generated / MARKER).is_file():
+        paths = sorted(generated.glob("*.png"))[: images.num]
+        marker = read_json(generated / MARKER, hint=f"delete {generated}")
+        if marker == images.facts and len(paths) == images.num:
+            return from_files(paths, config.data.image_size, {"folder": str(generated), **images.facts})
 
     def draw(start: int, stop: int) -> Tensor:
-        return torch.cat(
-            [
-                sample(model, config.seed, first, min(first + BLOCK, stop), here.device)
-                for first in range(start, stop, BLOCK)
-            ]
-        )
+        return torch.cat([images.fetch(at, min(at + BLOCK, stop))[0] for at in range(start, stop, BLOCK)])
 
-    return Samples([f"{number:06d}" for number in range(num)], draw, facts)
+    return Samples([f"{number:06d}" for number in range(images.num)], draw, images.facts)
 
 
 def from_folder(folder: Path, image_size: int) -> Samples:

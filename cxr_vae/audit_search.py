@@ -7,11 +7,12 @@ import numpy as np
 from cxr_vae.audit_rows import Ints, Rows
 from cxr_vae.console import Progress
 from cxr_vae.distributed import World
-from cxr_vae.fingerprints import NUM_PER_BLOCK, Fingerprints, SplitFingerprints, join
+from cxr_vae.fingerprints import Fingerprints, SplitFingerprints, join
 from cxr_vae.memorisation import NUM_NEAREST
 from cxr_vae.neighbours import Neighbours, Search, Space, feature_space, likened, merge, pixel_space
+from cxr_vae.noise import BLOCK
 
-BLOCKS_AT_ONCE = 8
+BLOCKS_AT_ONCE = 64
 """So many that shifting what is looked for, once for each of these, takes little of the time."""
 
 NUM_FOR_SHARE = 500
@@ -52,9 +53,9 @@ def search_all(
         for start in range(first, last, BLOCKS_AT_ONCE):
             stop = min(start + BLOCKS_AT_ONCE, last)
             images = join([training.block(number) for number in range(start, stop)])
-            groups_there = rows.groups[start * NUM_PER_BLOCK :][: len(images.small)]
+            groups_there = rows.groups[start * BLOCK :][: len(images.small)]
             for search in searches:
-                search.look_at(images, groups_there, start * NUM_PER_BLOCK)
+                search.look_at(images, groups_there, start * BLOCK)
             progress.advance(stop - start)
     gathered = here.gather([search.found() for search in searches])
     if gathered is None:

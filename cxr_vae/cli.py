@@ -257,13 +257,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from cxr_vae.console import outlive_full_log_disk
     from cxr_vae.evaluate import evaluate as run_evaluation
     from cxr_vae.report import figures_table
+    from cxr_vae.report_inputs import Results
     from cxr_vae.run_dir import RunDir
 
     outlive_full_log_disk()
     run = RunDir(arguments.run)
     results = run_evaluation(run, arguments.overrides)
     if rank() == 0:
-        print(f"\n{figures_table(results)}\n\n{run.results}")
+        print(f"\n{figures_table(Results.model_validate(results))}\n\n{run.results}")
     return 0
 
 

@@ -21,7 +21,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.export import load_vae
 from cxr_vae.features import FeatureNetwork, Features, choose_network, load_network
 from cxr_vae.files import read_json, sha256_of, write_json
-from cxr_vae.image_sets import ImageSet, cache_folder, extract, generated_images, real_images, reconstructions
+from cxr_vae.image_sets import ImageSet, extract, generated_images, real_images, reconstructions, usable_cache
 from cxr_vae.index import SplitIndex
 from cxr_vae.latent_pictures import save_latent_pictures
 from cxr_vae.likelihood import likelihood_figures, unit_facts
@@ -78,18 +78,6 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         write_json(run.results, results)
         shutil.rmtree(run.evaluation / "features", ignore_errors=True)  # for an evaluation that is broken off
     return results
-
-
-def usable_cache(run: RunDir) -> Path:
-    """Where features of real images are shared among runs; within this one where that can't be written to."""
-    folder = cache_folder() / "features"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-    except OSError as error:
-        print(f"{folder} can't be written to ({error.strerror}): features of real images are kept in this run only")
-        return run.evaluation / "features"
-    return folder
 
 
 def open_splits(config: Config) -> tuple[SplitIndex, SplitIndex]:

@@ -37,6 +37,18 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxr_vae"
 
 
+def usable_cache(run: RunDir) -> Path:
+    """Where features of real images are shared among runs; within this one where that can't be written to."""
+    folder = cache_folder() / "features"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError as error:
+        print(f"{folder} can't be written to ({error.strerror}): features of real images are kept in this run only")
+        return run.evaluation / "features"
+    return folder
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images to be measured, and what is measured of them."""

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
 from cxr_vae.errors import UserError
 from cxr_vae.features import NO_FID
-from cxr_vae.files import read_json
+from cxr_vae.report_figures import figure_tables
+from cxr_vae.report_inputs import Results, read_checked
 from cxr_vae.run_dir import RunDir
 from cxr_vae.run_log import read_epochs, read_records
-
-TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
 
 
 def report(run: RunDir) -> str:
@@ -22,8 +20,8 @@ def report(run: RunDir) -> str:
     run.saved_config()
     parts = [losses_table(run)]
     if run.results.is_file():
-        results = read_json(run.results, hint="evaluate again")
-        parts += [figures_table(results)]
+        results, sentence = read_checked(run.results, Results, "evaluate again")
+        parts += [figures_table(results) if results else sentence]
     pictures = [run.curves, *newest_grids(run), run.evaluation / "generated", run.results]
     parts += ["Look at:\n" + "\n".join(f"  {path}" for path in pictures if path.exists())]
     return "\n\n".join(parts)
@@ -83,21 +81,20 @@ def losses_table(run: RunDir) -> str:
     return f"{run.path}: training, nats an image{speed}\n\n{table}"
 
 
-def figures_table(results: dict[str, Any]) -> str:
+def figures_table(results: Results) -> str:
     """Each figure with its interval and floor, the circumstances below."""
-    rows = []
-    for name, figure in results["figures"].items():
-        value, low, high, floor = (
-            f"{number:.4g}" for number in (figure["value"], *figure["interval_95"], figure["floor"])
-        )
-        rows.append([TITLES.get(name, name), value, f"{low} … {high}", floor])
-    table = tabulate(rows, ["figure", "generated", "95 % interval", "floor (real images)"], disable_numparse=True)
-    features = results["features"]
-    what = f"{results['num_generated']} generated images against {results['num_real']} real ones"
-    lines = [f"{what} ({results['real']['split']} split), features: {features['network']}\n\n{table}"]
-    if features["network"] == "random":
-        lines.append(NO_FID)
-    return "\n\n".join(lines)
+    network = str(results.features.get("network"))
+    parts = []
+    for table in figure_tables(results):
+        rows = [
+            [row[0].text.removesuffix(f", {network} features"), *(cell.text for cell in row[1:])] for row in table.rows
+        ]
+        parts.append(f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}")
+    if "num_units" in results.latent:
+        parts.append(f"{results.latent['active_units']} of {results.latent['num_units']} latent units are active")
+    what = f"{results.num_generated} generated images against {results.num_real} real ones"
+    parts.append(f"{what} ({results.real.get('split')} split), features: {network}")
+    return "\n\n".join([*parts, NO_FID] if network == "random" else parts)
 
 
 def newest_grids(run: RunDir) -> list[Path]:
