@@ -108,6 +108,11 @@ def load_network(name: str, device: torch.device, weights: str | None = None) ->
     """
     if ":" in name:
         return load_users_network(name, device, weights)
+    if weights is not None:
+        raise UserError(
+            f"evaluate.features_weights={weights} is for a network of yours, and evaluate.features is {name}: leave it "
+            "out; `cxr-vae fetch-weights` says where Inception's weights go"
+        )
     if name == "inception":
         path = inception_weights.require_weights()
         module: nn.Module = FeatureExtractorInceptionV3(name, LAYERS, feature_extractor_weights_path=str(path))

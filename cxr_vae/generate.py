@@ -35,7 +35,7 @@ def generate(
         model, config = load_vae(run.weights, here.device)
         seed = config.seed if seed is None else seed
         if here.is_main:
-            claim(out, identity_of(run, seed, temperature), replace=False)
+            claim(out, sample_facts(sha256_of(run.weights), seed, temperature), replace=False)
         here.barrier()
         with Progress(num, "generate", enabled=here.is_main) as progress, ThreadPoolExecutor(4) as pool:
             for start in my_blocks(num, here):
@@ -46,10 +46,10 @@ def generate(
     return out
 
 
-def identity_of(run: RunDir, seed: int, temperature: float) -> dict[str, Any]:
+def sample_facts(weights_sha256: str, seed: int, temperature: float) -> dict[str, Any]:
     """What generated images are a function of, beside their number."""
-    identity: dict[str, Any] = {"weights_sha256": sha256_of(run.weights), "seed": seed}
-    return identity if temperature == 1 else identity | {"temperature": temperature}
+    prior = "standard normal" if temperature == 1 else f"normal of standard deviation {temperature:g}"
+    return {"weights_sha256": weights_sha256, "seed": seed, "prior": prior}
 
 
 @torch.inference_mode()

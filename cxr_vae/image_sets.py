@@ -19,7 +19,7 @@ from cxr_vae.console import Progress
 from cxr_vae.dataset import XrayDataset
 from cxr_vae.distributed import World
 from cxr_vae.features import FeatureNetwork
-from cxr_vae.generate import claim, my_blocks, path_of, sample, wait, write_images
+from cxr_vae.generate import claim, my_blocks, path_of, sample, sample_facts, wait, write_images
 from cxr_vae.index import SplitIndex
 from cxr_vae.likelihood import measure
 from cxr_vae.models import VAE
@@ -78,8 +78,7 @@ def generated_images(run: RunDir, model: VAE, config: Config, weights_sha256: st
     def fetch(start: int, stop: int) -> Block:
         return sample(model, config.seed, start, stop, device, temperature), {}
 
-    prior = "standard normal" if temperature == 1 else f"normal of standard deviation {temperature:g}"
-    facts = {"weights_sha256": weights_sha256, "seed": config.seed, "prior": prior}
+    facts = sample_facts(weights_sha256, config.seed, temperature)
     num, evaluation = config.evaluate.num_generated, run.evaluation
     return ImageSet("generated", num, fetch, facts, evaluation / "features", evaluation / "generated")
 

@@ -38,7 +38,7 @@ class Attempt:
     began: float
     host: str
     progress: int
-    """When it began: steps, tars or pictures."""
+    """When it began: steps, tars or files."""
     allocation: int
     """How often Slurm had started the job before: attempts of one allocation follow one another without the queue."""
     ended: float | None = None

@@ -10,7 +10,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.index import MANIFEST
 from cxr_vae.run_dir import RunDir
 
-UNITS = {"shard": "tars", "train": "steps", "evaluate": "pictures", "report": ""}
+UNITS = {"shard": "tars", "train": "steps", "evaluate": "files", "report": ""}
 """What a stage's progress is counted in."""
 
 
@@ -56,7 +56,7 @@ class Stage:
             return self.run_dir.newest_step()
         if self.name == "shard":
             return len(list(self.output.glob("*.tar"))) + (self.output / MANIFEST).exists()
-        return sum(1 for path in self.output.rglob("*.png") if path.stat().st_size)
+        return sum(1 for path in self.output.rglob("*") if path.suffix in (".png", ".safetensors"))
 
     def describe_progress(self) -> str:
         """`after 500 steps`; nothing before the first."""
@@ -108,5 +108,5 @@ def shard_stage(config: Config, resources: Shape) -> Stage | None:
 def evaluate_arguments(config: Config) -> tuple[str, ...]:
     """Of the evaluation of the run with the configuration's options for it."""
     options: Mapping[str, object] = config.evaluate.model_dump()
-    settings = [f"evaluate.{name}={value}" for name, value in options.items()]
+    settings = [f"evaluate.{name}={'null' if value is None else value}" for name, value in options.items()]
     return ("evaluate", config.run_dir, *settings, f"device={config.device}", f"data.shards={config.data.shards}")
