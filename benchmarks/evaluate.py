@@ -65,12 +65,12 @@ def extraction(num: int) -> str:
     """The network alone on `num` images of 224 px in blocks of 64, as torch-fidelity calls it and as we do."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    from cxr_vae.features import LAYERS, load_network
+    from cxr_vae.features import LAYERS, build_inception, load_network
 
     ours = load_network("random", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/weights.pth"
-        torch.save(ours.module.state_dict(), path)
+        torch.save(build_inception("random")[0].state_dict(), path)
         theirs = FeatureExtractorInceptionV3("theirs", LAYERS, feature_extractor_weights_path=path)
     images = torch.randint(0, 256, (num, 1, 224, 224), dtype=torch.uint8)
     times: dict[str, list[float]] = {"ours": [], "torch-fidelity": []}
@@ -96,11 +96,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
-    from cxr_vae.features import load_network
+    from cxr_vae.features import build_inception
 
     folder = Path(tempfile.mkdtemp())
     weights = folder / "weights.pth"
-    torch.save(load_network("random", torch.device("cpu")).module.state_dict(), weights)
+    torch.save(build_inception("random")[0].state_dict(), weights)
     run = shutil.copytree(arguments.run, folder / "run", ignore=shutil.ignore_patterns("evaluation", "checkpoints"))
     options = [f"num_generated={arguments.num}", f"num_real={arguments.num}", "features=random"]
     ours = ["-m", "cxr_vae", "evaluate", str(run), *options]

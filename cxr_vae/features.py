@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
 
 from cxr_vae import inception_weights
 from cxr_vae.block_store import hash_of
@@ -22,6 +23,9 @@ from cxr_vae.errors import UserError
 
 LAYERS = ["2048", "logits_unbiased"]
 RANDOM_SEED = 0
+
+AT_ONCE_ON_CPU = 8
+"""Images whose activations its caches hold."""
 
 NO_FID = (
     "WARNING: features=random: the figures come from the Inception architecture with random weights. They order sets "
@@ -59,13 +63,14 @@ class FeatureNetwork:
 
         Raises UserError where a user's network gives anything else than (B, D) finite numbers.
         """
-        of_ours = isinstance(self.module, FeatureExtractorInceptionV3)
+        on_device = images.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            on_device = images.to(self.device)
-            found = self.module(on_device.expand(-1, 3, -1, -1) if of_ours else on_device)
-        if of_ours:
-            pooled, logits = found
-            return Features(pooled.cpu(), logits.cpu())
+            if isinstance(self.module, FeatureExtractorInceptionV3):
+                at_once = AT_ONCE_ON_CPU if self.device.type == "cpu" else len(images)
+                parts = [self.module(part.expand(-1, 3, -1, -1)) for part in on_device.split(at_once)]
+                pooled, logits = (torch.cat(layer).cpu() for layer in zip(*parts, strict=True))
+                return Features(pooled, logits)
+            found = self.module(on_device)
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images) or not found.isfinite().all():
             raise UserError(f"evaluate.features={self.name}: the network should give finite features (images, D)")
         return Features(found.float().cpu(), None)
@@ -113,19 +118,32 @@ def load_network(name: str, device: torch.device, weights: str | None = None) ->
             f"evaluate.features_weights={weights} is for a network of yours, and evaluate.features is {name}: leave it "
             "out; `cxr-vae fetch-weights` says where Inception's weights go"
         )
+    module, sha256 = build_inception(name)
+    return FeatureNetwork(name, sha256, fold_normalisation(module).to(device), device)
+
+
+def build_inception(name: str) -> tuple[nn.Module, str]:
+    """torch-fidelity's `inception` network, or the same with `random` weights, and the SHA-256 of the weights."""
     if name == "inception":
         path = inception_weights.require_weights()
         module: nn.Module = FeatureExtractorInceptionV3(name, LAYERS, feature_extractor_weights_path=str(path))
-        sha256 = inception_weights.SHA256
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            nothing = Path(folder) / "nothing.pth"
-            torch.save({}, nothing)
-            module = RandomInception(name, LAYERS, feature_extractor_weights_path=str(nothing))
-        sha256 = hash_of(module.state_dict())
-    # On a CPU this layout is 1.5 times as fast, with the same features to 1e-6.
-    module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FeatureNetwork(name, sha256, module, device)
+        return module, inception_weights.SHA256
+    with tempfile.TemporaryDirectory() as folder:
+        nothing = Path(folder) / "nothing.pth"
+        torch.save({}, nothing)
+        module = RandomInception(name, LAYERS, feature_extractor_weights_path=str(nothing))
+    return module, hash_of(module.state_dict())
+
+
+def fold_normalisation(module: nn.Module) -> nn.Module:
+    """The same function, to rounding, with each convolution's batch normalisation in its weights, and channels last.
+
+    On a CPU, 8 images at a time, 2.3 times as fast as the network as it comes (benchmarks/evaluate.py).
+    """
+    for part in module.modules():
+        if isinstance(part, BasicConv2d):
+            part.conv, part.bn = fuse_conv_bn_eval(part.conv, part.bn), nn.Identity()
+    return module.to(memory_format=torch.channels_last)
 
 
 def load_users_network(name: str, device: torch.device, weights: str | None) -> FeatureNetwork:

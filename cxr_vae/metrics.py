@@ -4,6 +4,7 @@ torch-fidelity's definitions throughout where it has the figure. What is compute
 pairs, in float64, so that the hundred halves of an interval cost little more than the figure itself.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import qr, svdvals
+import torch
 from scipy.spatial.distance import cdist
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -99,12 +100,14 @@ def frechet_distance(a: Array, b: Array) -> float:
     the sum of the singular values of A Bᵀ. A set with more images than dimensions is first reduced by QR, which leaves
     them as they are.
     """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    difference = a.mean(0) - b.mean(0)
-    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
-    traces = sum(float((x**2).sum()) for x in centred)
-    left, right = (qr(x, mode="r")[0][: x.shape[1]] if len(x) > x.shape[1] else x for x in centred)
-    return float(difference @ difference + traces - 2 * svdvals(left @ right.T).sum())
+    both = [torch.from_numpy(x).double() for x in (a, b)]
+    means = [x.mean(0) for x in both]
+    centred = [x - mean for x, mean in zip(both, means, strict=True)]
+    traces = sum(float(x.square().sum()) / (len(x) - 1) for x in centred)
+    left, right = (torch.linalg.qr(x, mode="r")[1] if len(x) > x.shape[1] else x for x in centred)
+    # torch's singular values take two thirds of the time of scipy's.
+    root = float(torch.linalg.svdvals(left @ right.T).sum()) / math.sqrt((len(a) - 1) * (len(b) - 1))
+    return float((means[0] - means[1]).square().sum()) + traces - 2 * root
 
 
 def frechet_infinity(a: Array, b: Array) -> float:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
-from cxr_vae.features import Features, choose_network, load_network
+from cxr_vae.features import Features, build_inception, choose_network, load_network
 from cxr_vae.metrics import compare
 from tests.helpers import draw_image
 
@@ -30,7 +30,7 @@ def images() -> dict[str, torch.Tensor]:
 def test_figures_are_torch_fidelitys_on_the_same_pngs_and_weights(images, tmp_path: Path) -> None:
     network = load_network("random", torch.device("cpu"))
     weights = tmp_path / "weights.pth"
-    torch.save(network.module.state_dict(), weights)
+    torch.save(build_inception("random")[0].state_dict(), weights)
     for name, tensors in images.items():
         (tmp_path / name).mkdir()
         for number, image in enumerate(tensors):
