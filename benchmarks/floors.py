@@ -42,9 +42,10 @@ def features_of(index: SplitIndex, name: str, weights: str | None) -> Features:
 def pairs(train: SplitIndex, test: SplitIndex) -> Iterator[tuple[str, Rows, Rows, bool]]:
     """Name, rows of one side, rows of train, and whether the first side is test."""
     patients = np.array(train.texts("patient"))
-    names = np.unique(patients)
-    chosen = np.random.default_rng(0).permutation(names)[: len(names) // 2]
-    first = np.isin(patients, chosen)
+    names, counts = np.unique(patients, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(names))
+    images = counts[order].cumsum()  # of the first patients of that order
+    first = np.isin(patients, names[order[: np.abs(images - len(train) / 2).argmin() + 1]])
     every = np.arange(len(train))
     yield "test, train", np.arange(len(test)), every, True
     yield "train, train", every[first], every[~first], False
