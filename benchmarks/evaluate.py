@@ -1,10 +1,12 @@
 """How long figures take, against torch-fidelity's own command on the same PNGs with the same network.
 
-    python benchmarks/evaluate.py RUN [--num 200] [--rounds 5]
+    python benchmarks/evaluate.py RUN [--num 128] [--rounds 5]
 
-RUN is a trained run; its shards have to be there. Interleaved rounds, each in processes of its own: torch-fidelity on
-the two folders of PNGs that an evaluation left (FID, KID, IS), `cxr-vae evaluate` with nothing kept, the same with the
-features of real images in the cache, and on two processes. Prints medians and ratios with their spread.
+RUN is a trained run; its shards have to be there. Interleaved rounds, each in processes of its own, on the two folders
+of PNGs that an evaluation left: torch-fidelity (FID, KID, IS); our features and figures of them (more of them, with
+intervals), nothing kept; the same with the reference's features kept. Then the whole of `cxr-vae evaluate`, which also
+generates, reconstructs, bounds the likelihood and measures the floor, on one process of two threads and on two of one.
+Prints medians and ratios with their spread. `--num` is best a multiple of 128, so that two ranks have equally many.
 """
 
 import argparse
@@ -15,18 +17,44 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tabulate import tabulate
 
+from cxr_vae.run_dir import RunDir
+
 TORCH_FIDELITY = """
 import sys, torch_fidelity
 torch_fidelity.calculate_metrics(
     input1=sys.argv[1], input2=sys.argv[2], isc=True, fid=True, kid=True, cuda=False, cache=False, verbose=False,
-    isc_splits=10, kid_subset_size=int(sys.argv[4]), feature_extractor_weights_path=sys.argv[3], batch_size=64,
+    isc_splits=10, kid_subset_size=min(1000, int(sys.argv[4])), batch_size=64,
+    feature_extractor_weights_path=sys.argv[3],
 )
+"""
+
+
+OURS = """
+import sys
+from pathlib import Path
+import torch
+from cxr_vae.audit_samples import from_folder
+from cxr_vae.config import EvaluateConfig
+from cxr_vae.distributed import world
+from cxr_vae.features import Features, load_network
+from cxr_vae.image_sets import ImageSet, extract
+from cxr_vae.metrics import compare
+found = []
+with world("cpu") as here:
+    network = load_network("random", here.device)
+    for name, root in (("generated", sys.argv[3]), ("real", sys.argv[4])):
+        samples = from_folder(Path(sys.argv[1 if name == "generated" else 2]), int(sys.argv[5]))
+        fetch = lambda start, stop, samples=samples: (samples.fetch(start, stop), {})
+        of = extract(ImageSet(name, len(samples.names), fetch, samples.facts, Path(root)), network, here)
+        found.append(Features(of["pooled"], of["logits"]))
+print(compare(*found, EvaluateConfig()))
 """
 
 
@@ -92,7 +120,7 @@ def extraction(num: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--num", type=int, default=200)
+    parser.add_argument("--num", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
@@ -102,33 +130,49 @@ def main() -> None:
     weights = folder / "weights.pth"
     torch.save(build_inception("random")[0].state_dict(), weights)
     run = shutil.copytree(arguments.run, folder / "run", ignore=shutil.ignore_patterns("evaluation", "checkpoints"))
+    size = RunDir(run).saved_config().data.image_size
     options = [f"num_generated={arguments.num}", f"num_real={arguments.num}", "features=random"]
-    ours = ["-m", "cxr_vae", "evaluate", str(run), *options]
-    pngs = [str(run / "evaluation" / name) for name in ("generated", "real")]
-    fidelity = [sys.executable, "-c", TORCH_FIDELITY, *pngs, str(weights), str(arguments.num // 2)]
 
-    def evaluation(*, cached: bool, ranks: int = 1, threads: int = 2) -> float:
+    def evaluation(*, ranks: int = 1, threads: int = 2) -> float:
         shutil.rmtree(run / "evaluation", ignore_errors=True)
-        if not cached:
-            shutil.rmtree(folder / "cache", ignore_errors=True)
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        call = [sys.executable, *many, *ours]
+        call = [sys.executable, *many, "-m", "cxr_vae", "evaluate", str(run), *options]
         return timed(call, CXR_VAE_CACHE=str(folder / "cache"), OMP_NUM_THREADS=str(threads))
 
-    times: dict[str, list[float]] = {
-        name: [] for name in ("ours", "reference cached", "2 x 1 thread", "torch-fidelity")
+    def fidelity() -> float:
+        call = [sys.executable, "-c", TORCH_FIDELITY, *pngs, str(weights), str(arguments.num)]
+        return timed(call, OMP_NUM_THREADS="2")
+
+    def ours(*, cached: bool) -> float:
+        for name in ("generated", *([] if cached else ["real"])):
+            shutil.rmtree(folder / "kept" / name, ignore_errors=True)
+        kept = [str(folder / "kept" / name) for name in ("generated", "real")]
+        return timed([sys.executable, "-c", OURS, *pngs, *kept, str(size)], OMP_NUM_THREADS="2")
+
+    evaluation()
+    for name in ("generated", "real"):
+        (run / "evaluation" / name).rename(folder / name)
+        (folder / name / "images.json").unlink()
+    pngs = [str(folder / name) for name in ("generated", "real")]
+    kinds: dict[str, Callable[[], float]] = {
+        "torch-fidelity": fidelity,
+        "ours": lambda: ours(cached=False),
+        "ours, reference kept": lambda: ours(cached=True),
+        "evaluate": evaluation,
+        "evaluate, 2 x 1 thread": lambda: evaluation(ranks=2, threads=1),
     }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(arguments.rounds):
-        times["ours"].append(evaluation(cached=False))
-        times["torch-fidelity"].append(timed(fidelity, OMP_NUM_THREADS="2"))
-        times["reference cached"].append(evaluation(cached=True))
-        times["2 x 1 thread"].append(evaluation(cached=False, ranks=2, threads=1))
+        for name, measure in kinds.items():
+            times[name].append(measure())
         print(f"round {number + 1}", flush=True)
     rows = [[name, statistics.median(values), min(values), max(values)] for name, values in times.items()]
     print(tabulate(rows, ["", "median s", "least", "most"], floatfmt=".1f"))
     print(f"torch-fidelity / ours: {ratio(times['torch-fidelity'], times['ours'])}")
-    print(f"ours / ours with the reference cached: {ratio(times['ours'], times['reference cached'])}")
-    print(f"1 process of 2 threads / 2 of 1: {ratio(times['ours'], times['2 x 1 thread'])}")
+    print(f"torch-fidelity / ours, reference kept: {ratio(times['torch-fidelity'], times['ours, reference kept'])}")
+    print(f"ours / ours, reference kept: {ratio(times['ours'], times['ours, reference kept'])}")
+    print(f"evaluate on 1 process of 2 threads / 2 of 1: {ratio(times['evaluate'], times['evaluate, 2 x 1 thread'])}")
     print(f"Fréchet distance alone, torch-fidelity / ours: {distances(1000)}")
     print(f"the network alone, torch-fidelity / ours: {extraction(128)}")
     shutil.rmtree(folder)

@@ -16,8 +16,8 @@ from cxr_vae.pictures import to_uint8
 ACTIVE_VARIANCE = 0.01
 """Of the posterior mean over images, above which a latent unit counts as active: Burda et al. 2016, section 5.2."""
 
-CHUNK = 64
-"""Latents decoded at once."""
+CHUNK = 16
+"""Latents decoded at once: their activations stay in a CPU's caches."""
 
 
 @torch.inference_mode()
