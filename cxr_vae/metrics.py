@@ -208,7 +208,9 @@ def kernel_distance(a: Features, b: Features, subset_size: int) -> float:
     """
     size = min(subset_size, len(a.pooled), len(b.pooled))
     num_subsets = 1 if size == len(a.pooled) == len(b.pooled) else 100
-    figures = kid_features_to_metric(a.pooled, b.pooled, kid_subset_size=size, kid_subsets=num_subsets, verbose=False)
+    # In float64: it is a small difference of large sums.
+    both = (a.pooled.double(), b.pooled.double())
+    figures = kid_features_to_metric(*both, kid_subset_size=size, kid_subsets=num_subsets, verbose=False)
     return float(figures["kernel_inception_distance_mean"])
 
 
