@@ -18,7 +18,8 @@ from cxr_vae.config import EvaluateConfig
 from cxr_vae.dataset import XrayDataset
 from cxr_vae.distributed import world
 from cxr_vae.features import Features, choose_network, load_network
-from cxr_vae.image_sets import ImageSet, cache_folder, extract
+from cxr_vae.files import cache_folder
+from cxr_vae.image_sets import ImageSet, extract
 from cxr_vae.index import ShardDirectory, SplitIndex
 from cxr_vae.metrics import NAMES, compare
 

@@ -33,7 +33,7 @@ def dump(shards: str, steps: int, batch_size: int, out: Path) -> None:
     options = [f"data.shards={shards}", f"image_size={index.image_size}", f"batch_size={batch_size}", "device=cpu"]
     with world("cpu") as here:
         config = load_config(None, [*options, f"run_dir={out / 'run'}", "loading=shards"])
-        training = Training.begin(config, RunDir(Path(config.run_dir)), here)
+        training = Training(config, RunDir(Path(config.run_dir)), here)
         keys = index.texts("key")
         ids = [[keys[row] for row in rows] for _, rows in zip(range(steps), training.slices(), strict=False)]
         (out / f"rank{here.rank}.json").write_text(json.dumps(ids))
