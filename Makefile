@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-# The demo trains in bf16, but not on a CPU that would have to emulate it.
-PRECISION := $(shell grep -q -m1 'avx2' /proc/cpuinfo && ! grep -q -m1 avx512bw /proc/cpuinfo && echo fp32 || echo bf16)
+BENCH_ARGS ?=
 
-.PHONY: help demo test lint type test-only clean
+.PHONY: help demo bench test lint type test-only clean
 
 help:
 	@echo "make demo                          the whole job on drawn phantoms, about 3 minutes on 2 cores"
 	@echo "make demo DATA=/path/to/chest_xray the same on a real folder (split/class/*.jpeg)"
+	@echo "make bench [DATA=…]                how fast every part is, against a plain program; some 20 minutes"
 	@echo "make test                          lint, types and every test"
 	@echo "make lint | type | test-only       one of them"
 	@echo "make clean                         removes what the demo made, not .venv"
@@ -32,12 +32,16 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	@if [ -z "$(DATA)" ]; then \
 	    $(BIN)/cxr-vae phantom demo/phantoms/images && \
-	    $(BIN)/cxr-launch pipeline configs/demo.yaml --cluster inline train.precision=$(PRECISION); \
+	    $(BIN)/cxr-launch pipeline configs/demo.yaml --cluster inline; \
 	else \
 	    name=$$(basename "$(DATA)") && \
-	    $(BIN)/cxr-launch pipeline configs/demo.yaml --cluster inline train.precision=$(PRECISION) "data.source=$(DATA)" \
+	    $(BIN)/cxr-launch pipeline configs/demo.yaml --cluster inline "data.source=$(DATA)" \
 	        "data.shards=demo/$$name/shards" "run_dir=demo/$$name/run"; \
 	fi
+
+# From the checkout's folder, where the scripts find one another.
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.speed $(if $(DATA),--data "$(DATA)") $(BENCH_ARGS)
 
 test: lint type test-only
 

@@ -107,7 +107,7 @@ class Work:
         """Seconds of one pass forth and back."""
         begun = time.perf_counter()
         output = self.model(self.images, self.noise)
-        negative_elbo(output.logits, self.images, output.mean, output.logvar).total(1.0).mean().backward()
+        negative_elbo(output, self.images, "bernoulli").total(1.0).mean().backward()
         self.model.zero_grad(set_to_none=True)
         return time.perf_counter() - begun
 

@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 def leg(here: World, folder: Path, stop: int, options: list[str]) -> None:
     """Runs on each rank: trains from the newest checkpoint up to step `stop` and saves."""
     config = load_config(None, options)
-    training = Training.begin(config, RunDir(Path(config.run_dir)), here)
+    training = Training(config, RunDir(Path(config.run_dir)), here)
     sources = training.train_set.index.texts("source")
     noise: list[Tensor] = []
     training.state.model.register_forward_pre_hook(lambda _, inputs: noise.append(inputs[1]))

@@ -45,9 +45,10 @@ if "cxr_vae" in sys.orig_argv and os.path.exists({flag!r}):
     import cxr_vae.train as train
     step = train.Training.step
     def slow(*arguments):
-        step(*arguments)
+        outcome = step(*arguments)
         if os.path.exists({flag!r}):
             time.sleep({seconds})
+        return outcome
     train.Training.step = slow
 """
 """Runs at the start of every Python of the job, as its sitecustomize."""
@@ -55,7 +56,15 @@ if "cxr_vae" in sys.orig_argv and os.path.exists({flag!r}):
 HANG_S = 240.0
 
 OPTIONS = (
-    *("image_size=32", "model.channels=[32, 64, 64]", "latent_dim=16", "batch_size=64", "device=cpu", "log_every=1"),
+    *(
+        "image_size=32",
+        "model.channels=[32, 64, 64]",
+        "latent_dim=16",
+        "batch_size=64",
+        "device=cpu",
+        "log_every=1",
+        "precision=fp32",
+    ),
     *("grid_every=100000", "ema_decay=0.99", "kl_warmup_steps=100", f"checkpoint.every_steps={EVERY_STEPS}"),
     *("checkpoint.every_minutes=null", "cpus_per_process=1", "resources.memory_gb=2", "resources.hours=10"),
 )

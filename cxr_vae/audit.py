@@ -37,8 +37,9 @@ from cxr_vae.memorisation import (
 from cxr_vae.neighbours import Neighbours, merge
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
+from cxr_vae.sampler import PRIOR_OPTIONS
 
-MAY_OVERRIDE = ("evaluate", "device", "data.shards", "data.workers")
+MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
 NUM_LISTED = 24
 MOST_LISTED = 200
 

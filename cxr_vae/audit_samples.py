@@ -56,7 +56,7 @@ def _choose(run: RunDir, config: Config, folder: Path | None, here: World) -> Sa
     if folder is not None:
         return from_folder(folder, config.data.image_size)
     model, _ = load_vae(run.weights, here.device)
-    images = generated_images(run, model, config, sha256_of(run.weights), here.device)
+    images = generated_images(run, model, config, here.device)
     generated = run.evaluation / "generated"
     if (generated / MARKER).is_file():
         paths = sorted(generated.glob("*.png"))[: images.num]

@@ -26,7 +26,6 @@ from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.files import sync_directory
 from cxr_vae.manifest import find_fault, name_of, published, read_manifest, write_manifest
-from cxr_vae.parts import read_tensors, write_tensors
 from cxr_vae.state import TrainState
 
 # One process needs no process group; torch would warn of that at each save and load.
@@ -103,6 +102,10 @@ class Checkpoints:
         """Until the last save is published, on all ranks together; UserError where it failed."""
         self._finish_write(None)
 
+    def close(self) -> None:
+        """Ends the thread, which holds on to whoever hears of its saves."""
+        self._thread.shutdown()
+
     def load_latest(self, state: TrainState) -> tuple[str | None, list[str]]:
         """Loads the newest checkpoint that verifies into `state`; first clears away what a kill left half written.
 
@@ -112,6 +115,8 @@ class Checkpoints:
         """
         name, skipped = self.world.broadcast(self._newest_usable() if self.world.is_main else None)
         if name is not None:
+            from cxr_vae.parts import read_tensors  # torch.distributed.checkpoint takes a second to import
+
             tensors = state.state_dict()
             read_tensors(self.directory / name, tensors, self._group)
             state.load_state_dict(tensors)
@@ -133,6 +138,8 @@ class Checkpoints:
 
     def _write(self, name: str, facts: Mapping[str, Any]) -> None:
         """Writes and publishes the copy, then removes what need not be kept. Runs in the thread."""
+        from cxr_vae.parts import write_tensors  # see load_latest
+
         temporary = self.directory / f"{name}.{self._attempt}.tmp"
         try:
             files = write_tensors(temporary, self._copy, self._group)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cxr_vae import __version__
-from cxr_vae.command_line import add_command, add_overrides, deviation, parse, positive, rank, run, seed, share
+from cxr_vae.command_line import add_command, add_overrides, parse, positive, rank, run, seed, share
 from cxr_vae.data_commands import add_inspect, add_split
+from cxr_vae.sample_commands import add_generate, add_prior
+from cxr_vae.weights_commands import add_checkpoints, add_export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_shard(commands)
     add_inspect(commands)
     _add_train(commands)
-    _add_checkpoints(commands)
-    _add_export(commands)
-    _add_generate(commands)
+    add_checkpoints(commands)
+    add_export(commands)
+    add_prior(commands)
+    add_generate(commands)
     _add_evaluate(commands)
     _add_audit(commands)
     _add_report(commands)
@@ -155,88 +158,6 @@ def train(arguments: argparse.Namespace) -> int:
     from cxr_vae.train import train as run_training
 
     return 0 if run_training(config) else STOPPED_EXIT_CODE
-
-
-def _add_checkpoints(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "checkpoints",
-        checkpoints,
-        "Lists a run's checkpoints, newest first, and says whether they are whole; exits with 1 where one is not.",
-        "cxr-vae checkpoints runs/reference --verify",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--verify", action="store_true", help="read every byte, not only names and sizes")
-
-
-def checkpoints(arguments: argparse.Namespace) -> int:
-    """`cxr-vae checkpoints`."""
-    from cxr_vae.checkpoint_list import list_checkpoints
-    from cxr_vae.run_dir import RunDir
-
-    table, all_whole = list_checkpoints(RunDir(arguments.run), every_byte=arguments.verify)
-    print(table)
-    return 0 if all_whole else 1
-
-
-def _add_export(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "export",
-        export,
-        "Writes the weights of one of a run's checkpoints, the averaged ones if train.ema_decay is on, as one "
-        "safetensors file with the configuration inside. It works while the run goes on.",
-        "cxr-vae export runs/reference --checkpoint best --decoder decoder.pt2",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument(
-        "--checkpoint", default="newest", metavar="WHICH", help="newest, best (by test loss) or a name such as step-…"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: RUN/vae_<checkpoint>.safetensors)")
-    parser.add_argument(
-        "--decoder",
-        type=Path,
-        metavar="FILE",
-        help="also write the decoder, latents to images in [0, 1], as a torch.export program (.pt2)",
-    )
-
-
-def export(arguments: argparse.Namespace) -> int:
-    """`cxr-vae export`."""
-    from cxr_vae.run_dir import RunDir
-    from cxr_vae.run_export import export_run
-
-    for path in export_run(RunDir(arguments.run), arguments.checkpoint, arguments.out, arguments.decoder):
-        print(path)
-    return 0
-
-
-def _add_generate(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "generate",
-        generate,
-        "Writes new images from a trained run as PNGs.",
-        "cxr-vae generate runs/reference --num 64 --out samples",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--num", type=positive, default=64, help="images")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for 000000.png …")
-    parser.add_argument("--seed", type=seed, help="of the latents (default: the run's seed)")
-    parser.add_argument("--temperature", type=deviation, default=1.0, help="standard deviation of the latents")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
-
-
-def generate(arguments: argparse.Namespace) -> int:
-    """`cxr-vae generate`."""
-    from cxr_vae.generate import generate as run_generation
-    from cxr_vae.run_dir import RunDir
-
-    wanted = {name: getattr(arguments, name) for name in ("seed", "device", "temperature")}
-    run_generation(RunDir(arguments.run), arguments.out, arguments.num, **wanted)
-    if rank() == 0:
-        print(f"{arguments.num} images: {arguments.out}")
-    return 0
 
 
 def _add_evaluate(commands: Any) -> None:

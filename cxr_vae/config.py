@@ -1,5 +1,6 @@
 """Every option of a run: its default, its meaning, its limits. `config_file` reads and writes them."""
 
+import copy
 import os.path
 from typing import Annotated, Any, Literal
 
@@ -46,10 +47,17 @@ class DataConfig(Section):
         description="share of unreadable images the shard stage tolerates",
         json_schema_extra=MAY_CHANGE,
     )
-    loading: Literal["auto", "memory", "shards"] = Field(
+    loading: Literal["auto", "gpu", "memory", "shards"] = Field(
         "auto",
-        description="memory: decode once and keep; shards: read on demand; auto: memory when it fits",
+        description="gpu, memory: decode once and keep, in memory once a machine; shards: read at each use; auto: the "
+        "first that has room",
         json_schema_extra=MAY_CHANGE,
+    )
+    shuffle_block: int = Field(
+        1,
+        ge=1,
+        description="neighbouring images read at once, for large sets on a parallel file system: 32, say; shuffled "
+        "within 64 such blocks. 1: every order is as likely",
     )
     workers: int | None = Field(
         None,
@@ -61,30 +69,96 @@ class DataConfig(Section):
     test_split: str = Field("test", min_length=1, description="split for the test loss")
 
 
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "conv": {"channels": [32, 64, 128, 256, 512], "norm": "batch", "latent_dim": 128},
+    "residual": {"channels": [24, 48, 96, 192], "norm": "group", "latent_channels": 4, "num_blocks": 1},
+}
+"""The options each architecture has, with their defaults. Those that only others have are null."""
+
+
 class ModelConfig(Section):
     """The network."""
 
-    name: Literal["conv"] = Field("conv", description="architecture")
-    latent_dim: int = Field(128, ge=1, description="dimensions of the latent vector")
+    name: Literal["conv", "residual"] = Field(
+        "conv", description="architecture: conv has a latent vector, residual spatial latents"
+    )
     channels: list[int] = Field(
-        [32, 64, 128, 256, 512], min_length=1, description="width of each stride-2 stage of the encoder"
+        ARCHITECTURES["conv"]["channels"],
+        min_length=1,
+        description="conv: width of each stride-2 stage of the encoder; residual: width at side, side / 2, side / 4, …",
     )
     norm: Literal["batch", "group"] = Field(
-        "batch", description="group: the same result for any number of processes, but for rounding"
+        "batch", description="group: the same result for any number of processes, but for rounding; residual's only one"
     )
+    latent_dim: int | None = Field(None, ge=1, description="conv: dimensions of the latent vector")
+    latent_channels: int | None = Field(None, ge=1, description="residual: channels of the spatial latents")
+    num_blocks: int | None = Field(None, ge=1, description="residual: blocks at each resolution")
+    num_classes: int = Field(0, ge=0, description="classes the decoder is told of; 0: none, it isn't told")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_the_architecture(cls, options: Any) -> Any:
+        """Fills in what isn't given; ValueError for an option that the architecture would not look at."""
+        name = options.get("name", "conv") if isinstance(options, dict) else None
+        if name not in ARCHITECTURES:
+            return options  # for pydantic to refuse
+        has = ARCHITECTURES[name]
+        others = {option for defaults in ARCHITECTURES.values() for option in defaults} - set(has)
+        for option in sorted(others):
+            if options.get(option) is not None:
+                raise ValueError(
+                    f"model.{option}={options[option]} is no option of model.name={name}, which has "
+                    f"{', '.join(f'model.{mine}' for mine in has)}; leave it out"
+                )
+        given = {option: value for option, value in options.items() if value is not None}
+        return copy.deepcopy(has) | given
 
     @model_validator(mode="after")
-    def _positive_channels(self) -> "ModelConfig":
+    def _possible(self) -> "ModelConfig":
         if min(self.channels) < 1:
             raise ValueError("model.channels should hold positive integers")
+        if self.name == "residual" and len(self.channels) < 2:
+            raise ValueError("model.channels should hold two widths or more with model.name=residual")
+        if self.name == "residual" and self.norm == "batch":
+            raise ValueError("model.norm=batch should be group with model.name=residual, which has no other")
         return self
+
+    @property
+    def num_halvings(self) -> int:
+        """How often the encoder halves the side."""
+        return len(self.channels) - (self.name == "residual")
 
 
 class ObjectiveConfig(Section):
-    """The negative ELBO, in nats an image."""
+    """What is minimised: the negative ELBO, in nats an image, and terms beside it."""
 
+    likelihood: Literal["bernoulli", "continuous_bernoulli", "gaussian", "discretized_logistic"] = Field(
+        "bernoulli", description="of the pixels; the last two learn their scale"
+    )
     kl_weight: float = Field(1.0, ge=0, description="factor of the KL term (β)")
     kl_warmup_steps: int = Field(0, ge=0, description="steps over which the KL weight grows linearly from 0; 0: none")
+    kl_cycle_steps: int = Field(
+        0, ge=0, description="steps of a cycle in whose first half the KL weight grows from 0, over and over; 0: none"
+    )
+    free_bits: float = Field(
+        0.0, ge=0, description="KL in nats that costs nothing, of each latent unit (a mean over a channel's units)"
+    )
+    laplacian_weight: float = Field(0.0, ge=0, description="factor of a Laplacian-pyramid L1 distance; 0: not computed")
+    ms_ssim_weight: float = Field(0.0, ge=0, description="factor of 1 - MS-SSIM, times pixels; 0: not computed")
+    adversarial_weight: float = Field(
+        0.0, ge=0, description="factor of the adversarial loss, beside its adaptive weight; 0: no discriminator"
+    )
+    adversarial_start_step: int = Field(0, ge=0, description="finished steps from which the adversarial loss counts")
+    adversarial_channels: int = Field(32, ge=1, description="width of the discriminator's first layer")
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> "ObjectiveConfig":
+        if self.kl_warmup_steps and self.kl_cycle_steps:
+            raise ValueError(
+                f"objective.kl_warmup_steps={self.kl_warmup_steps} should be 0 with "
+                f"objective.kl_cycle_steps={self.kl_cycle_steps}: each cycle is a warm-up"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -106,6 +180,15 @@ class TrainConfig(Section):
         1, ge=1, description="micro-batches a rank splits its part of a batch into", json_schema_extra=MAY_CHANGE
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="autocast type; fp16 needs a GPU")
+    compile: Literal["off", "default", "max"] = Field(
+        "off", description="torch.compile of the network; max also searches for the fastest kernels"
+    )
+    cuda_graph: bool = Field(
+        True,
+        description="on a GPU with one process, tell it a whole step at once: the same numbers; not with fp16",
+        json_schema_extra=MAY_CHANGE,
+    )
+    compress_gradients: bool = Field(False, description="ranks exchange gradients in bf16, half the bytes")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="decay a step of the averaged weights that are then tested and exported; 0: off"
     )
@@ -124,6 +207,9 @@ class TrainConfig(Section):
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics", json_schema_extra=MAY_CHANGE)
     grid_every: int = Field(
         1, ge=1, description="epochs between two sample and reconstruction grids", json_schema_extra=MAY_CHANGE
+    )
+    profile: bool = Field(
+        False, description="write a torch profiler trace of a few steps", json_schema_extra=MAY_CHANGE
     )
     grid_size: int = Field(
         8, ge=1, le=32, description="images along a side of a sample grid", json_schema_extra=MAY_CHANGE
@@ -172,6 +258,50 @@ class EvaluateConfig(Section):
     kid_subset_size: int = Field(1000, ge=2, description="images a KID subset (all, where there are fewer)")
 
 
+class PriorConfig(Section):
+    """What new images are drawn from: a distribution over latents, fitted to the trained network's."""
+
+    name: Literal["standard", "gmm", "flow", "flow_matching"] = Field(
+        "standard",
+        description="standard: N(0, 1), nothing to fit; gmm, flow: for latent vectors; flow_matching: for spatial ones",
+    )
+    class_conditional: bool = Field(
+        True, description="learn each class of the training split, to draw from one of them"
+    )
+    num_components: int | None = Field(
+        None, ge=1, description="normals a class of gmm; null: as many as suit held-out images best"
+    )
+    num_layers: int = Field(8, ge=1, description="couplings of flow")
+    width: int = Field(256, ge=1, description="hidden units of flow's networks")
+    channels: list[int] = Field(
+        [96, 192],
+        min_length=1,
+        description="width of flow_matching at each resolution; each further one is half the side",
+    )
+    num_blocks: int = Field(2, ge=1, description="residual blocks of flow_matching at each resolution")
+    times: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal", description="how often flow_matching trains at which time; logit_normal: the middle more often"
+    )
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of images flow_matching trains on without their class, which guidance needs"
+    )
+    num_steps: int = Field(25, ge=1, description="steps of flow_matching from noise to a latent, two calls each")
+    guidance: float = Field(1.0, ge=0, description="of flow_matching towards the class; 1: none, more: more typical")
+    batch_size: int = Field(256, ge=1, description="latents a step of flow and flow_matching over all ranks together")
+    epochs: int = Field(200, ge=1, description="passes over the training split's latents")
+    lr: float = Field(1e-3, gt=0, description="learning rate of AdamW, which decays to 0 as a cosine")
+    warmup_steps: int = Field(100, ge=0, description="steps over which the learning rate grows linearly; 0: none")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay a step of the averaged weights that are saved; 0: off"
+    )
+
+    @model_validator(mode="after")
+    def _positive_channels(self) -> "PriorConfig":
+        if min(self.channels) < 1:
+            raise ValueError("prior.channels should hold positive integers")
+        return self
+
+
 class ResourcesConfig(Section):
     """What a job asks for. Read by cxr-launch only."""
 
@@ -207,24 +337,37 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = _free_section(CheckpointConfig)
     evaluate: EvaluateConfig = _free_section(EvaluateConfig)
+    prior: PriorConfig = _free_section(PriorConfig)
     resources: ResourcesConfig = _free_section(ResourcesConfig)
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
-        multiple = 2 ** len(self.model.channels)
+        multiple = 2**self.model.num_halvings
         if self.data.image_size % multiple:
             near = max(multiple, round(self.data.image_size / multiple) * multiple)
             raise ValueError(
                 f"data.image_size={self.data.image_size} should be divisible by {multiple}, since model.channels has "
-                f"{len(self.model.channels)} stride-2 stages; the nearest is {near}"
+                f"{self.model.num_halvings} stride-2 stages; the nearest is {near}"
             )
+        for option, smallest in (("ms_ssim_weight", 11), ("adversarial_weight", 24)):
+            if getattr(self.objective, option) and self.data.image_size < smallest:
+                raise ValueError(
+                    f"data.image_size={self.data.image_size} should be {smallest} or more with objective.{option}"
+                )
         if self.train.batch_size < self.train.accumulate:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} should be at least train.accumulate={self.train.accumulate}"
             )
+        if self.objective.adversarial_weight and self.train.precision == "fp16":
+            raise ValueError("train.precision=fp16 should be bf16 or fp32 with objective.adversarial_weight")
         if self.device == "cpu" and self.train.precision == "fp16":
             raise ValueError("train.precision=fp16 should be bf16 or fp32 with device=cpu; fp16 needs a GPU")
         return self
+
+    @property
+    def needs_fitted_prior(self) -> bool:
+        """Whether `cxr-vae prior` has to run before images can be drawn: with classes, their shares are fitted."""
+        return self.prior.name != "standard" or self.model.num_classes > 0
 
 
 def check_batch(config: Config, num_ranks: int) -> None:
@@ -235,7 +378,7 @@ def check_batch(config: Config, num_ranks: int) -> None:
             f"train.batch_size={batch_size} is less than one image for each of {num_ranks} processes x "
             f"{accumulate} micro-batches; raise it or start fewer processes"
         )
-    pixels = (config.data.image_size >> len(config.model.channels)) ** 2
+    pixels = (config.data.image_size >> config.model.num_halvings) ** 2
     if config.model.norm == "batch" and batch_size // (num_ranks * accumulate) * pixels < 2:
         raise UserError(
             f"train.batch_size={batch_size} leaves micro-batches of one image, whose smallest feature map is one "

@@ -70,12 +70,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def override_config(config: Config, overrides: Sequence[str], allowed: Sequence[str]) -> Config:
     """`config` with overrides of the keys or sections in `allowed` only: what a later stage of a run may still set."""
     for override in overrides:
-        key, _ = _parse(override)
+        key, _ = _parse(override, allowed)
         if key not in allowed and key.partition(".")[0] not in allowed:
             raise UserError(
                 f"option {override}: {key} was settled by the training run; here {', '.join(allowed)} can be set"
             )
-    return _validate(config.model_dump(), {}, overrides, "the options")
+    return _validate(config.model_dump(), {}, overrides, "the options", allowed)
 
 
 def load_section(kind: type[SectionT], path: Path) -> SectionT:
@@ -105,13 +105,13 @@ def load_values(path: Path) -> dict[str, list[str]]:
     return values
 
 
-def _parse(override: str) -> tuple[str, Any]:
+def _parse(override: str, allowed: Sequence[str] = ()) -> tuple[str, Any]:
     """The full key and the value of `key=value`; the value is YAML: numbers, true/false, null, [lists] and words."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an option: write key=value, as in train.epochs=2")
     try:
-        return _full_key(key), yaml.load(text, _Core)
+        return _full_key(key, allowed), yaml.load(text, _Core)
     except yaml.YAMLError:
         raise UserError(f"option {override}: the value is not valid YAML; quote it if it is a text") from None
 
@@ -154,11 +154,18 @@ def _keys_of(section: str) -> list[str]:
     return [key for key in OPTIONS if key.startswith(section + ".")]
 
 
-def _full_key(key: str) -> str:
-    """The dotted key that `key` stands for: itself, or the only one that ends in it."""
+def _full_key(key: str, allowed: Sequence[str] = ()) -> str:
+    """The dotted key that `key` stands for: itself, or the only one that ends in it.
+
+    Where there are several, only those count that are among the keys or sections in `allowed`.
+    """
     if key in OPTIONS:
         return key
-    ends = [option for option in OPTIONS if option.endswith("." + key)]
+    ends = _that_end_in(key)
+    if allowed:
+        all_of_them = [option for option in OPTIONS if option.endswith("." + key)]
+        may = [option for option in all_of_them if option in allowed or option.partition(".")[0] in allowed]
+        ends = may or ends
     if len(ends) == 1:
         return ends[0]
     if ends:
@@ -166,11 +173,17 @@ def _full_key(key: str) -> str:
     raise UserError(_unknown(key))
 
 
+def _that_end_in(name: str) -> list[str]:
+    """The options whose last part is `name`; those of the prior, which has its own command, only where no other is."""
+    ends = [option for option in OPTIONS if option.endswith("." + name)]
+    return [option for option in ends if not option.startswith("prior.")] or ends
+
+
 def _unknown(key: str) -> str:
     if key in SECTIONS:
         return f"{key} is a section, not an option; its keys are {', '.join(_keys_of(key))}"
     name = key.rpartition(".")[2]
-    near = [option for option in OPTIONS if option.rpartition(".")[2] == name]
+    near = _that_end_in(name)
     near = near or difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.6)
     near = near or [
         option for option in OPTIONS if difflib.get_close_matches(name, [option.rpartition(".")[2]], n=1, cutoff=0.6)
@@ -179,9 +192,15 @@ def _unknown(key: str) -> str:
     return f"unknown option {key}: {hint}"
 
 
-def _validate(tree: dict[str, Any], origin: dict[str, str], overrides: Sequence[str], fallback: str) -> Config:
+def _validate(
+    tree: dict[str, Any],
+    origin: dict[str, str],
+    overrides: Sequence[str],
+    fallback: str,
+    allowed: Sequence[str] = (),
+) -> Config:
     for override in overrides:
-        key, value = _parse(override)
+        key, value = _parse(override, allowed)
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
         origin[key] = f"option {override}"

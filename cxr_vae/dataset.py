@@ -1,121 +1,129 @@
-"""Sharded X-rays as uint8 tensors, by row of the index: kept in memory, or read from the tars when asked for."""
+"""Sharded X-rays as uint8 tensors, by row of the index: kept on the GPU or in memory, or read when asked for."""
 
-import io
-import os
-import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
-from io import FileIO
+from functools import partial
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cxr_vae.config import DataConfig
+from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.index import RESHARD, ShardDirectory, SplitIndex
+from cxr_vae.index import ShardDirectory, SplitIndex
+from cxr_vae.reader import ShardReader
+from cxr_vae.shared_memory import shared_zeros
 from cxr_vae.splits import read_split_file
 from cxr_vae.workers import num_cores
 
 MEMORY_SHARE = 0.5
-"""Of the memory that is free on the machine: `loading=auto` keeps the images there if all ranks together need less."""
+"""Of the memory that is free: `loading=auto` keeps the images there if they need less."""
 
-OPEN_TARS = 256
-"""Open at a time in a process, well below the usual limit of 1024 files."""
+Rows = npt.NDArray[np.int64]
+
+
+class ImageSource(Protocol):
+    """What a run trains on: images of a split, or tensors in their place, by row of its index."""
+
+    index: SplitIndex
+    workers: int
+    """Threads that read."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def place(self) -> Literal["gpu", "memory", "shards"]:
+        """Where they are."""
+
+    def images(self, rows: Sequence[int] | Rows) -> Tensor:
+        """Those at these rows, (n, …)."""
+
+    def holds(self, rows: Rows) -> bool:
+        """Whether these are there without being read."""
 
 
 class XrayDataset:
     """The images of one split, (N, 1, S, S) uint8, fetched by row numbers.
 
-    `in_memory` decodes all of them once; otherwise each is read from its tar, checked against its CRC-32 and decoded
-    at each use. Threads do both: reading and decoding run outside Python's lock, and there is no process to fork.
+    `in_memory` keeps each image once it has been read and decoded, in `memory` if that is given: (N · (S² + 1),) uint8,
+    zeros at first, which several processes may share. Otherwise each is read at each use. Threads do both: reading and
+    decoding run outside Python's lock, and there is no process to fork. Rows are read in blocks of `block`.
     """
 
-    def __init__(self, index: SplitIndex, *, in_memory: bool, workers: int) -> None:
-        self.index = index
-        self.in_memory = in_memory
-        self.workers = workers
-        self._shard, self._offset = index.numbers("shard"), index.numbers("offset")
-        self._size, self._crc32 = index.numbers("size"), index.numbers("crc32")
-        self._open_tar = lru_cache(maxsize=OPEN_TARS)(self._open)
-        self._images = self._read_all() if in_memory else None
+    def __init__(
+        self, index: SplitIndex, *, in_memory: bool, workers: int, block: int = 1, memory: Tensor | None = None
+    ) -> None:
+        self.index, self.workers = index, workers
+        self.device = torch.device("cpu")
+        self.pin = False
+        """Whether images that are read at each use are put where a GPU fetches them by itself."""
+        self._reader = ShardReader(index, block)
+        self._images: Tensor | None = None
+        if in_memory:
+            count, side = len(index), index.image_size
+            memory = torch.zeros(count * (side**2 + 1), dtype=torch.uint8) if memory is None else memory
+            self._images = memory[: count * side**2].view(count, 1, side, side)
+            self._here = memory[count * side**2 :].numpy()  # whether each has been decoded
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def images(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        """(n, 1, S, S) uint8 images at these rows of the index."""
-        if self._images is not None:
-            return self._images.index_select(0, torch.as_tensor(np.asarray(rows, np.int64)))
-        out = torch.empty(len(rows), 1, self.index.image_size, self.index.image_size, dtype=torch.uint8)
-        for place, row in enumerate(rows):
-            out[place, 0] = self._read(int(row))
-        return out
+    @property
+    def place(self) -> Literal["gpu", "memory", "shards"]:
+        """Where the images are."""
+        if self._images is None:
+            return "shards"
+        return "memory" if self.device.type == "cpu" else "gpu"
 
-    def _read_all(self) -> Tensor:
-        """All images, in parallel, each tar from front to back."""
-        count, side = len(self.index), self.index.image_size
-        images = torch.empty(count, 1, side, side, dtype=torch.uint8)
+    def images(self, rows: Sequence[int] | Rows) -> Tensor:
+        """(n, 1, S, S) uint8 images at these rows of the index, on `device`."""
+        rows = np.asarray(rows, np.int64)
+        if self._images is None:
+            images = torch.empty(len(rows), 1, self.index.image_size, self.index.image_size, dtype=torch.uint8)
+            for place, row in enumerate(rows):
+                images.numpy()[place, 0] = self._reader.read(row)
+            return images.pin_memory() if self.pin else images
+        for row in rows[self._here[rows] == 0]:
+            self._images.numpy()[row, 0] = self._reader.read(row)
+            self._here[row] = 1
+        return self._images.index_select(0, torch.from_numpy(rows).to(self.device, non_blocking=True))
 
-        def fill(part: npt.NDArray[np.int64]) -> None:
-            for row in part:
-                images[row, 0] = self._read(int(row))
+    def labels(self, rows: Sequence[int] | Rows, device: torch.device) -> Tensor:
+        """(n,) int64 classes of these rows."""
+        return torch.from_numpy(self.index.labels[np.asarray(rows, np.int64)].astype(np.int64)).to(device)
 
+    def holds(self, rows: Rows) -> bool:
+        """Whether these images are there without being read."""
+        return self._images is not None and bool(self._here[rows].all())
+
+    def decode_all(self, rows: Rows) -> None:
+        """Reads what `images` would read of these rows, in parallel."""
         with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(fill, np.array_split(np.arange(count), self.workers)))
-        return images
+            list(pool.map(self.images, np.array_split(rows, max(self.workers, len(rows) // 64))))
 
-    def _read(self, row: int) -> Tensor:
-        """(S, S) uint8 of one image, from its tar."""
-        shard = int(self._shard[row])
-        path = self.index.shards[shard]
-        try:
-            tar = self._open_tar(shard)  # held until it was read, whatever the cache does meanwhile
-            content = os.pread(tar.fileno(), int(self._size[row]), int(self._offset[row]))
-        except OSError as error:
-            raise UserError(
-                f"{path} can't be read ({error.strerror}): mend that and run the same command again"
-            ) from None
-        if zlib.crc32(content) != self._crc32[row]:
-            raise UserError(f"{path} is damaged at byte {self._offset[row]} (wrong CRC-32): {RESHARD}")
-        return torch.from_numpy(decode(content, self.index.format).copy())
-
-    def _open(self, shard: int) -> FileIO:
-        # Closed when the cache lets go of it.
-        return FileIO(self.index.shards[shard])
+    def move(self, device: torch.device) -> None:
+        """Takes the images, all of which have been decoded, to a GPU; `images` then gathers there."""
+        assert self._images is not None
+        assert self._here.all()
+        self._images, self.device = self._images.to(device), device
+        self._here = np.ones(len(self), np.uint8)  # lets go of the memory
 
 
-def decode(content: bytes, format: str) -> npt.NDArray[np.uint8]:
-    """(S, S) uint8 of one stored image."""
-    if format == "raw":
-        stored: npt.NDArray[np.uint8] = np.load(io.BytesIO(content), allow_pickle=False)
-        return stored
-    return np.asarray(Image.open(io.BytesIO(content)))
-
-
-def fits_in_memory(index: SplitIndex, num_processes: int) -> bool:
-    """Whether `num_processes` copies of the decoded split leave the machine enough memory."""
-    needed = len(index) * index.image_size**2 * num_processes
-    return bool(needed <= MEMORY_SHARE * psutil.virtual_memory().available)
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images as float32 in [0, 1] on `device`; the bytes travel, not the floats."""
+    return images.to(device, non_blocking=True) / 255
 
 
 @contextmanager
-def read_ahead(
-    dataset: XrayDataset, slices: Iterator[npt.NDArray[np.int64]], depth: int = 4
-) -> Iterator[Iterator[Tensor]]:
-    """The images of one slice of rows after another, with the next `depth` being read meanwhile.
-
-    From memory there is nothing to read ahead.
-    """
-    if dataset.in_memory:
-        yield map(dataset.images, slices)
-        return
+def read_ahead(dataset: ImageSource, slices: Iterator[Rows], depth: int = 4) -> Iterator[Iterator[Tensor]]:
+    """The images of one slice of rows after another, with the next `depth` being read meanwhile, if they must be."""
     pool = ThreadPoolExecutor(dataset.workers)
     try:
         yield _in_order(pool, dataset, slices, depth)
@@ -123,19 +131,23 @@ def read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, dataset: XrayDataset, slices: Iterator[npt.NDArray[np.int64]], depth: int
-) -> Iterator[Tensor]:
-    waiting: list[list[Future[Tensor]]] = []
+def _in_order(pool: ThreadPoolExecutor, dataset: ImageSource, slices: Iterator[Rows], depth: int) -> Iterator[Tensor]:
+    coming: deque[Callable[[], Tensor]] = deque()
     for rows in slices:
-        # A slice is read by several threads, so that a small number of large slices keeps them all busy.
-        waiting.append(
-            [pool.submit(dataset.images, part) for part in np.array_split(rows, dataset.workers) if len(part)]
-        )
-        if len(waiting) > depth:
-            yield torch.cat([part.result() for part in waiting.pop(0)])
-    for parts in waiting:
-        yield torch.cat([part.result() for part in parts])
+        coming.append(_begin(pool, dataset, rows))
+        if len(coming) > depth:
+            yield coming.popleft()()
+    while coming:
+        yield coming.popleft()()
+
+
+def _begin(pool: ThreadPoolExecutor, dataset: ImageSource, rows: Rows) -> Callable[[], Tensor]:
+    """Begins to read a slice, unless it is there; what is returned waits for it."""
+    if dataset.holds(rows):
+        return partial(dataset.images, rows)
+    # A slice is read by several threads, so that a small number of large slices keeps them all busy.
+    parts = [pool.submit(dataset.images, part) for part in np.array_split(rows, dataset.workers) if len(part)]
+    return lambda: torch.cat([part.result() for part in parts])
 
 
 def open_split(config: DataConfig, split: str) -> SplitIndex:
@@ -157,8 +169,53 @@ def open_split(config: DataConfig, split: str) -> SplitIndex:
     return index
 
 
-def open_dataset(config: DataConfig, index: SplitIndex, num_processes: int) -> XrayDataset:
-    """A split's images, loaded as `config.loading` says by each of a machine's `num_processes`."""
-    in_memory = config.loading == "memory" or (config.loading == "auto" and fits_in_memory(index, num_processes))
-    workers = config.workers or num_cores(num_processes)
-    return XrayDataset(index, in_memory=in_memory, workers=workers)
+def open_dataset(config: DataConfig, index: SplitIndex, here: World) -> XrayDataset:
+    """A split's images, kept as `config.loading` says; every rank of a machine calls this, and has the same images.
+
+    On GPUs the ranks of a machine decode a part each before it returns; in memory, images are decoded as they are used.
+    """
+    place = choose_place(config, index, here)
+    workers = config.workers or num_cores(here.local_size)
+    if place == "shards":
+        dataset = XrayDataset(index, in_memory=False, workers=workers, block=config.shuffle_block)
+        dataset.pin = here.device.type == "cuda"
+        return dataset
+    memory, number, count = shared_zeros(num_bytes(index), here)
+    dataset = XrayDataset(index, in_memory=True, workers=workers, block=config.shuffle_block, memory=memory)
+    if place == "gpu":
+        dataset.decode_all(np.array_split(np.arange(len(index)), count)[number])
+        here.barrier()
+        dataset.move(here.device)
+    return dataset
+
+
+def num_bytes(index: SplitIndex) -> int:
+    """Of a split's images in memory, with a byte each for whether it is there."""
+    return len(index) * (index.image_size**2 + 1)
+
+
+def choose_place(config: DataConfig, index: SplitIndex, here: World) -> str:
+    """`config.loading`, decided where it is auto: the same on every rank."""
+    if config.loading == "gpu" and here.device.type == "cpu":
+        raise UserError("data.loading=gpu: this run is on the CPU; use data.loading=auto or memory")
+    if config.loading != "auto":
+        return config.loading
+    if here.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(here.device)
+        sharing = max(1, here.local_size // torch.cuda.device_count())
+        if here.all(num_bytes(index) * sharing <= MEMORY_SHARE * free):
+            return "gpu"
+    return "memory" if here.all(num_bytes(index) <= MEMORY_SHARE * free_memory()) else "shards"
+
+
+def free_memory() -> int:
+    """Bytes that this process and its like may still take: of the machine, or of the job if that has a limit."""
+    free = int(psutil.virtual_memory().available)
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        group = Path("/sys/fs/cgroup") / line.rpartition(":")[2].lstrip("/")
+        for folder in (group, *group.parents):  # a limit may be set further up
+            limit = folder / "memory.max"
+            if limit.is_file() and limit.read_text().strip().isdigit():
+                used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free = min(free, int(limit.read_text()) - int(used["anon"]) - int(used["shmem"]))
+    return free

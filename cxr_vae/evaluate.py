@@ -27,8 +27,9 @@ from cxr_vae.latent_pictures import save_latent_pictures
 from cxr_vae.likelihood import likelihood_figures, unit_facts
 from cxr_vae.metrics import Figure, called, check_counts, compare, inception_score, mean_figure
 from cxr_vae.run_dir import RunDir
+from cxr_vae.sampler import PRIOR_OPTIONS
 
-MAY_OVERRIDE = ("evaluate", "device", "data.shards", "data.workers")
+MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
 
 
 def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,12 +49,13 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         name = here.broadcast(choose_network(config.evaluate.features) if here.is_main else None)
         network = load_network(name, here.device, config.evaluate.features_weights)
         weights_sha256 = sha256_of(run.weights)
+        generated = generated_images(run, model, config, here.device)
         request = {
             "run_weights_sha256": weights_sha256,
             "seed": config.seed,
             "evaluate": config.evaluate.model_dump() | network.facts(),
             "index_hashes": [real_index.content_hash, floor_index.content_hash],
-        }
+        } | ({"generated": generated.facts} if "prior_sha256" in generated.facts else {})
         done = here.broadcast(earlier_results(run, request) if here.is_main else None)
         if done:
             return dict(done)
@@ -63,7 +65,7 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         started = time.perf_counter()
         cache = here.broadcast(usable_cache(run) if here.is_main else None)
         sets = {
-            "generated": generated_images(run, model, config, weights_sha256, here.device),
+            "generated": generated,
             "reconstructions": reconstructions(real_index, num_real, run, model, config, weights_sha256, here.device),
             "real": real_images(real_index, num_real, config, run.evaluation / "real", cache),
             "floor": real_images(floor_index, num_floor, config, None, cache),

@@ -1,7 +1,8 @@
 """Trained weights in one file that carries its configuration and runs no code when it is read (safetensors)."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from cxr_vae.config import Config
 from cxr_vae.errors import UserError
@@ -18,18 +20,20 @@ from cxr_vae.models import VAE, build_model
 PATHS: Any = {"run_dir": True, "resources": True, "data": {"source", "shards"}}
 """Of the configuration, what stays out of the file: paths and resources of the machine that trained."""
 
+WORDS = {
+    "missing": "is missing: it is written when training has finished",
+    "damaged": "is not a file of trained weights, or damaged; delete it and train again, which writes it anew",
+}
+
 
 def save_vae(path: Path, model: VAE, config: Config, **facts: str | int) -> None:
     """Writes the weights with the configuration and `facts` (such as the step) as metadata, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # One entry: safetensors doesn't keep the order of several, and equal weights should give equal files.
-    metadata = {"cxr_vae": json.dumps({"config": config.model_dump(exclude=PATHS), **facts}, sort_keys=True)}
-    write_atomically(path, save(tensors, metadata))
+    save_weights(path, model, {"config": config.model_dump(exclude=PATHS), **facts})
 
 
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, Config]:
     """The network in evaluation mode and its configuration, from a file that `save_vae` wrote."""
-    with _opened(path, device) as (file, facts):
+    with opened(path, device, **WORDS) as (file, facts):
         config = Config.model_validate(facts["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     model = build_model(config)
@@ -42,30 +46,37 @@ def set_aside(path: Path) -> None:
     """Renames weights, if there are any, by their step: vae_step-0000000010.safetensors."""
     if not path.is_file():
         return
-    with _opened(path) as (_, facts):
+    with opened(path, **WORDS) as (_, facts):
         name = f"vae_step-{facts['step']:010d}.safetensors"
     path.rename(path.with_name(name))
 
 
+def save_weights(path: Path, module: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Writes the tensors of `module` with `facts`, which `opened` gives back, as metadata, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    # One entry: safetensors doesn't keep the order of several, and equal weights should give equal files.
+    write_atomically(path, save(tensors, {"cxr_vae": json.dumps(facts, sort_keys=True)}))
+
+
 @contextmanager
-def _opened(path: str | Path, device: torch.device | str = "cpu") -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file and what `save_vae` noted in it; UserError where it is none of ours or damaged."""
+def opened(
+    path: str | Path, device: torch.device | str = "cpu", *, missing: str, damaged: str
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file and the facts in it; UserError with what follows on its path where it is none of ours or damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file, json.loads(file.metadata()["cxr_vae"])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: it is written when training has finished") from None
+        raise UserError(f"{path} {missing}") from None
     except (SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path} is not a file of trained weights, or damaged; delete it and train again, which writes it anew"
-        ) from None
+        raise UserError(f"{path} {damaged}") from None
 
 
 def hyperparameters(config: Config, model: VAE) -> dict[str, str | int | float]:
     """What a paper's table of hyperparameters holds."""
     return {
         "model": config.model.name,
-        "latent_dim": config.model.latent_dim,
+        "latent_dim": math.prod(model.latent_shape),
         "image_size": config.data.image_size,
         "batch_size": config.train.batch_size,
         "epochs": config.train.epochs,

@@ -52,6 +52,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> Path:
+    """Where what can be computed anew is kept for all runs of this user: CXR_VAE_CACHE, else ~/.cache/cxr_vae."""
+    own = os.environ.get("CXR_VAE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxr_vae"
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()

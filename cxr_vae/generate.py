@@ -2,68 +2,62 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from cxr_vae.config_file import override_config
 from cxr_vae.console import Progress
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
 from cxr_vae.export import load_vae
-from cxr_vae.files import read_json, sha256_of, write_json
-from cxr_vae.models import VAE
-from cxr_vae.noise import BLOCK, normal
-from cxr_vae.pictures import save_png, to_uint8
+from cxr_vae.files import read_json, write_json
+from cxr_vae.noise import BLOCK
+from cxr_vae.pictures import save_png
 from cxr_vae.run_dir import RunDir
+from cxr_vae.sampler import PRIOR_OPTIONS, open_sampler
 
 MARKER = "images.json"
 """Says what the PNGs beside it were made from."""
 
 
 def generate(
-    run: RunDir, out: Path, num: int, *, seed: int | None = None, device: str = "auto", temperature: float = 1.0
+    run: RunDir,
+    out: Path,
+    num: int,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int | None = None,
+    device: str = "auto",
+    temperature: float = 1.0,
+    label: str | None = None,
 ) -> Path:
     """Writes `num` images 000000.png … of the run's model into `out`, on one or more ranks.
 
-    Image i is a function of (weights, seed, temperature, i), so more can be added later. Raises UserError where the
-    run has no weights yet or `out` holds anything else.
+    Image i is a function of (weights, prior, seed, temperature, label, i), so more can be added later. `overrides` may
+    set what is drawn from (PRIOR_OPTIONS). Raises UserError where the run has no weights or no such prior yet, or `out`
+    holds anything else.
     """
     with world(device) as here:
         model, config = load_vae(run.weights, here.device)
-        seed = config.seed if seed is None else seed
+        config = override_config(config, overrides, PRIOR_OPTIONS)
+        sampler = open_sampler(run, model, config, here.device, seed=seed, temperature=temperature, label=label)
         if here.is_main:
-            claim(out, sample_facts(sha256_of(run.weights), seed, temperature), replace=False)
+            claim(out, sampler.facts, replace=False)
         here.barrier()
         with Progress(num, "generate", enabled=here.is_main) as progress, ThreadPoolExecutor(4) as pool:
+            writing: list[Future[None]] = []
             for start in my_blocks(num, here):
-                images = sample(model, seed, start, min(start + BLOCK, num), here.device, temperature)
-                wait(write_images(out, start, images, pool))
+                images = sampler.draw(start, min(start + BLOCK, num), here.device)
+                wait(writing)  # of the block before, while this one was computed
+                writing = write_images(out, start, images, pool)
                 progress.advance(len(images) * here.size)
+            wait(writing)
         here.barrier()
     return out
-
-
-def sample_facts(weights_sha256: str, seed: int, temperature: float) -> dict[str, Any]:
-    """What generated images are a function of, beside their number."""
-    prior = "standard normal" if temperature == 1 else f"normal of standard deviation {temperature:g}"
-    return {"weights_sha256": weights_sha256, "seed": seed, "prior": prior}
-
-
-@torch.inference_mode()
-def sample(model: VAE, seed: int, start: int, stop: int, device: torch.device, temperature: float = 1.0) -> Tensor:
-    """Samples start…stop of the prior N(0, temperature²) as (n, 1, H, W) uint8 on the CPU; one block at the most.
-
-    `start` is the first of a block, and a whole block is decoded whatever is asked for, so that a sample has the same
-    bits however many there are and whichever rank draws it. Raises UserError where the model gives what is no number.
-    """
-    latents = temperature * normal(seed, "generate", start, start + BLOCK, model.latent_shape, device)
-    images = model.decode(latents).sigmoid()
-    if not images.isfinite().all():
-        raise UserError("the trained weights give images of values that are no finite numbers: train again")
-    return to_uint8(images)[: stop - start].cpu()
 
 
 def my_blocks(num: int, here: World) -> range:

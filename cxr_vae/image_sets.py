@@ -1,7 +1,6 @@
 """The sets of images that an evaluation measures, block by block: generated, real, and reconstructions of real ones."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,25 +15,20 @@ from torch import Tensor
 from cxr_vae.block_store import BlockStore
 from cxr_vae.config import Config
 from cxr_vae.console import Progress
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.dataset import XrayDataset, to_float
 from cxr_vae.distributed import World
 from cxr_vae.features import FeatureNetwork
-from cxr_vae.generate import claim, my_blocks, path_of, sample, sample_facts, wait, write_images
+from cxr_vae.files import cache_folder
+from cxr_vae.generate import claim, my_blocks, path_of, wait, write_images
 from cxr_vae.index import SplitIndex
 from cxr_vae.likelihood import measure
 from cxr_vae.models import VAE
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
+from cxr_vae.sampler import open_sampler
 from cxr_vae.stream import TrainingStream
-from cxr_vae.validation import to_float
 
 Block = tuple[Tensor, dict[str, Tensor]]
-
-
-def cache_folder() -> Path:
-    """Where features of real images are kept for every run of this user: CXR_VAE_CACHE, else ~/.cache/cxr_vae."""
-    own = os.environ.get("CXR_VAE_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxr_vae"
 
 
 def usable_cache(run: RunDir) -> Path:
@@ -71,16 +65,15 @@ class ImageSet:
         return BlockStore(self.root, {"images": self.facts, "features": network.facts()} | self.extra)
 
 
-def generated_images(run: RunDir, model: VAE, config: Config, weights_sha256: str, device: torch.device) -> ImageSet:
-    """Samples of the prior, which `cxr-vae generate` would write too."""
-    temperature = config.evaluate.temperature
+def generated_images(run: RunDir, model: VAE, config: Config, device: torch.device) -> ImageSet:
+    """Samples of the prior that `config` names, which `cxr-vae generate` would write too."""
+    sampler = open_sampler(run, model, config, device, temperature=config.evaluate.temperature)
 
     def fetch(start: int, stop: int) -> Block:
-        return sample(model, config.seed, start, stop, device, temperature), {}
+        return sampler.draw(start, stop, device), {}
 
-    facts = sample_facts(weights_sha256, config.seed, temperature)
     num, evaluation = config.evaluate.num_generated, run.evaluation
-    return ImageSet("generated", num, fetch, facts, evaluation / "features", evaluation / "generated")
+    return ImageSet("generated", num, fetch, sampler.facts, evaluation / "features", evaluation / "generated")
 
 
 def real_images(index: SplitIndex, num: int, config: Config, folder: Path | None, root: Path) -> ImageSet:
@@ -102,7 +95,8 @@ def reconstructions(
 
     def fetch(start: int, stop: int) -> Block:
         images = to_float(dataset.images(rows[start:stop]), device)
-        return measure(model, images, start, config.seed, num_samples)
+        labels = dataset.labels(rows[start:stop], device) if model.num_classes else None
+        return measure(model, images, labels, start, config.seed, num_samples)
 
     facts = facts_of(index, rows, config) | {"weights_sha256": weights_sha256, "latent": "posterior mean"}
     extra = {"importance_samples": num_samples}

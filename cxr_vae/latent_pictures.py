@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from cxr_vae.config import Config
+from cxr_vae.dataset import to_float
 from cxr_vae.image_sets import ImageSet
 from cxr_vae.losses import kl_per_unit
 from cxr_vae.models import VAE
 from cxr_vae.noise import BLOCK
 from cxr_vae.pictures import save_grid, to_uint8
-from cxr_vae.validation import to_float
 
 NUM_PAIRS = 6
 NUM_UNITS = 8
@@ -43,4 +43,9 @@ def save_latent_pictures(folder: Path, model: VAE, real: ImageSet, config: Confi
 
 def decoded(model: VAE, latents: Tensor) -> Tensor:
     """Images (B, 1, H, W) uint8 of latents."""
-    return torch.cat([to_uint8(model.decode(part).float().sigmoid()).cpu() for part in latents.split(BLOCK)])
+    # Where the decoder is told a class: the first, all along.
+    labels = latents.new_zeros(len(latents), dtype=torch.int64) if model.num_classes else None
+    parts = [slice(start, start + BLOCK) for start in range(0, len(latents), BLOCK)]
+    return torch.cat(
+        [to_uint8(model.image(latents[part], None if labels is None else labels[part])).cpu() for part in parts]
+    )

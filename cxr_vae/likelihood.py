@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxr_vae.losses import LOGVAR_RANGE, bernoulli_nll, kl_per_unit
+from cxr_vae.losses import LOGVAR_RANGE, kl_per_unit
 from cxr_vae.metrics import Figure, mean_figure
 from cxr_vae.models import VAE
 from cxr_vae.noise import normal
@@ -21,9 +21,12 @@ CHUNK = 16
 
 
 @torch.inference_mode()
-def measure(model: VAE, images: Tensor, start: int, seed: int, num_samples: int) -> tuple[Tensor, dict[str, Tensor]]:
+def measure(
+    model: VAE, images: Tensor, labels: Tensor | None, start: int, seed: int, num_samples: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Images (n, 1, H, W) in [0, 1] → their reconstructions from the posterior mean, uint8, and tensors an image.
 
+    `labels` (n,) are their classes, where the decoder is told.
     `negative_elbo_nats`, `reconstruction_nats` (one latent each), `importance_bound_nats` (`num_samples` latents each),
     `psnr_db`, `ssim`, all (n,) float64; `mean` and `kl_per_unit` (n, D). `start` is the position of the first: the
     noise is a function of (seed, position). In float32, since differences of thousands of nats are taken.
@@ -31,23 +34,30 @@ def measure(model: VAE, images: Tensor, start: int, seed: int, num_samples: int)
     device = images.device
     mean, logvar = (latent.float() for latent in model.encode(images))
     logvar = logvar.clamp(*LOGVAR_RANGE)
-    reconstructions = to_uint8(model.decode(mean).float().sigmoid())
+    reconstructions = to_uint8(model.image(mean, labels))
     noise = normal(seed, "test", start, start + len(images), model.latent_shape, device)
-    nats = bernoulli_nll(model.decode(mean + torch.exp(0.5 * logvar) * noise), images).double()
+    nats = model.nll(mean + torch.exp(0.5 * logvar) * noise, images, labels).double()
     per_unit = kl_per_unit(mean, logvar).flatten(1)
     found = {
         "negative_elbo_nats": nats + per_unit.sum(1).double(),
         "reconstruction_nats": nats,
         "mean": mean.flatten(1),
         "kl_per_unit": per_unit,
-        "importance_bound_nats": importance_bound(model, images, mean, logvar, start, seed, num_samples),
+        "importance_bound_nats": importance_bound(model, images, labels, mean, logvar, start, seed, num_samples),
         **likeness(images, reconstructions.float() / 255),
     }
     return reconstructions.cpu(), {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def importance_bound(
-    model: VAE, images: Tensor, mean: Tensor, logvar: Tensor, start: int, seed: int, num_samples: int
+    model: VAE,
+    images: Tensor,
+    labels: Tensor | None,
+    mean: Tensor,
+    logvar: Tensor,
+    start: int,
+    seed: int,
+    num_samples: int,
 ) -> Tensor:
     """-log of the mean of p(x|z) p(z) / q(z|x) over K latents of the posterior, (n,) float64 nats.
 
@@ -61,7 +71,8 @@ def importance_bound(
         weights = []
         for part in noise.split(CHUNK):
             latents = mean[number] + deviation[number] * part
-            log_likelihood = -bernoulli_nll(model.decode(latents), image.expand(len(part), -1, -1, -1)).double()
+            of_image = None if labels is None else labels[number].expand(len(part))
+            log_likelihood = -model.nll(latents, image.expand(len(part), -1, -1, -1), of_image).double()
             # Of two normal densities the constants cancel.
             log_prior = -0.5 * latents.double().square().flatten(1).sum(1)
             log_posterior = -0.5 * (part.double().square().flatten(1).sum(1) + logvar[number].double().sum())

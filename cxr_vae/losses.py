@@ -8,11 +8,25 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from cxr_vae.likelihoods import LIKELIHOODS
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """Log-variances are clamped to this: exp stays finite in float32, and no useful posterior lies outside."""
+
+
+class Output(NamedTuple):
+    """A forward pass of a VAE, which is all that the objective depends on beside the images."""
+
+    logits: Tensor
+    """(B, 1, H, W), the decoder's."""
+    mean: Tensor
+    """(B, *latent), the posterior's."""
+    logvar: Tensor
+    """(B, *latent), the posterior's log-variance."""
+    log_scale: Tensor
+    """() float32, the pixels'; 0 where the likelihood has none."""
 
 
 class Losses(NamedTuple):
@@ -21,24 +35,14 @@ class Losses(NamedTuple):
     reconstruction: Tensor
     kl: Tensor
 
-    def total(self, kl_weight: float = 1.0) -> Tensor:
-        """The loss that is minimised; with `kl_weight` 1 the negative ELBO."""
+    def total(self, kl_weight: Tensor | float = 1.0) -> Tensor:
+        """The weighted sum; with `kl_weight` 1 the negative ELBO."""
         return self.reconstruction + kl_weight * self.kl
 
 
-def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
-    """Binary cross-entropy of images in [0, 1] under Bernoulli pixels, summed over pixels: (B, 1, H, W) → (B,) nats.
-
-    Grey values between 0 and 1 are taken as probabilities, as is the habit; the figure is then no log-likelihood of
-    the 8-bit image, and its minimum is the entropy of the grey values, not 0.
-    """
-    nats = F.binary_cross_entropy_with_logits(logits.float(), images.float(), reduction="none")
-    return nats.flatten(1).sum(1)
-
-
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) ‖ N(0, 1)), summed over latent dimensions: (B, D) → (B,) nats."""
-    return kl_per_unit(mean, logvar).sum(1)
+    """KL(N(mean, exp(logvar)) ‖ N(0, 1)), summed over latent dimensions: (B, *latent) → (B,) nats."""
+    return kl_per_unit(mean, logvar).flatten(1).sum(1)
 
 
 def kl_per_unit(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -47,10 +51,23 @@ def kl_per_unit(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
-def negative_elbo(logits: Tensor, images: Tensor, mean: Tensor, logvar: Tensor) -> Losses:
+def kl_with_free_bits(mean: Tensor, logvar: Tensor, free_bits: float) -> Tensor:
+    """The KL with at least `free_bits` nats counted for each latent unit: (B, *latent) → (B,) nats.
+
+    Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", 2016, eq. 15: what a unit says
+    up to there costs nothing. The units of a channel of spatial latents share what is free: their mean counts. Unlike
+    there the maximum is taken for each image alone and not for the mean over a batch, so that an image's loss depends
+    neither on its neighbours nor on how a batch is divided among ranks.
+    """
+    per_unit = kl_per_unit(mean, logvar).unsqueeze(-1).flatten(2)  # (B, D, 1) or (B, C, positions)
+    return per_unit.mean(2).clamp(min=free_bits).sum(1) * per_unit.shape[2]
+
+
+def negative_elbo(output: Output, images: Tensor, likelihood: str) -> Losses:
     """The terms of the negative ELBO of each image, outside autocast in float32."""
     with torch.autocast(images.device.type, enabled=False):
-        return Losses(bernoulli_nll(logits, images), kl_to_standard_normal(mean, logvar))
+        reconstruction = LIKELIHOODS[likelihood].nll(output.logits, images, output.log_scale)
+        return Losses(reconstruction, kl_to_standard_normal(output.mean, output.logvar))
 
 
 def bits_per_dim(nats: float, image_size: int) -> float:

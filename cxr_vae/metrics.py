@@ -5,7 +5,8 @@ pairs, in float64, so that the halves of an interval cost little more than the f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.spatial.distance import cdist
+from torch_fidelity.helpers import get_kwarg
 from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric, mmd2
 
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
@@ -35,6 +37,9 @@ NEIGHBOURS_DENSITY = 5
 
 MAX_PAIRS = 10_000
 """Images of a set that figures of all pairs look at: more would take gigabytes."""
+
+MOST_AT_ONCE = 100_000
+"""Images that the threads look at together: more would take gigabytes."""
 
 FRACTIONS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of the images that the extrapolation looks at."""
@@ -81,7 +86,8 @@ def compare(generated: Features, real: Features, config: EvaluateConfig) -> dict
     def extrapolated(i: Rows, j: Rows) -> float:
         return frechet_infinity(a[i], b[j])
 
-    kernel = kernel_distance(generated, real, config.kid_subset_size)
+    kernel = kernel_distance(generated, real, config.kid_subset_size, pairs)
+    _ = pairs.distances  # now: threads that ask at the same time would each compute them
     figures = {
         "frechet": with_interval(frechet, len(a), len(b)),
         "frechet_infinity": with_interval(extrapolated, len(a), len(b), num_halves=NUM_HALVES // 2),
@@ -139,12 +145,12 @@ class Pairs:
     @cached_property
     def kernels(self) -> tuple[Array, Array, Array]:
         """Bińkowski's et al. 2018 kernel (x·y / D + 1)³ within a, within b, and between them."""
-        return tuple((x @ y.T / x.shape[1] + 1) ** 3 for x, y in self._pairs)
+        return tuple(kernel_poly(x, y) for x, y in self._pairs)
 
     @cached_property
     def distances(self) -> tuple[Array, Array, Array]:
         """Euclidean distances within a, within b, and between them."""
-        return tuple(cdist(x, y) for x, y in self._pairs)
+        return tuple(in_threads(cdist, *zip(*self._pairs, strict=True), num_images=sum(self.counts)))
 
     @property
     def _pairs(self) -> tuple[tuple[Array, Array], ...]:
@@ -201,13 +207,20 @@ def radii_of(distances: Array, rows: Rows, neighbours: int) -> Array:
     return np.partition(distances[np.ix_(rows, rows)], k, axis=1)[:, k]
 
 
-def kernel_distance(a: Features, b: Features, subset_size: int) -> float:
+def kernel_distance(a: Features, b: Features, subset_size: int, pairs: Pairs) -> float:
     """torch-fidelity's kernel distance (Bińkowski et al. 2018): cubic kernel, unbiased, a mean over 100 random subsets.
 
-    Where there are no more images than a subset takes, the one subset is all of them.
+    Where there are no more images than a subset takes, the one subset is all of them. Where `pairs` holds all images,
+    the subsets, which are torch-fidelity's, are looked up there.
     """
-    size = min(subset_size, len(a.pooled), len(b.pooled))
-    num_subsets = 1 if size == len(a.pooled) == len(b.pooled) else 100
+    counts = len(a.pooled), len(b.pooled)
+    size = min(subset_size, *counts)
+    num_subsets = 1 if size == counts[0] == counts[1] else 100
+    if pairs.counts == counts:
+        rng, (within_a, within_b, between) = np.random.RandomState(get_kwarg("rng_seed", {})), pairs.kernels
+        subsets = [[rng.choice(count, size, replace=False) for count in counts] for _ in range(num_subsets)]
+        mmds = [mmd2(within_a[np.ix_(i, i)], between[np.ix_(i, j)], within_b[np.ix_(j, j)]) for i, j in subsets]
+        return float(np.mean(mmds))
     # In float64: it is a small difference of large sums.
     both = (a.pooled.double(), b.pooled.double())
     figures = kid_features_to_metric(*both, kid_subset_size=size, kid_subsets=num_subsets, verbose=False)
@@ -246,9 +259,24 @@ def with_interval(
     distance 0 from itself, which shifts kernel distances and everything that counts neighbours.
     """
     rng = np.random.default_rng(0)
-    halves = [figure(half(num_a, rng), half(num_b, rng)) for _ in range(num_halves)]
-    value = figure(np.arange(num_a), np.arange(num_b)) if value is None else value
-    return Figure(value, float(np.std(halves, ddof=1)))
+    halves = [(half(num_a, rng), half(num_b, rng)) for _ in range(num_halves)]
+    whole = [(np.arange(num_a), np.arange(num_b))] if value is None else []  # first: it takes longest
+    figures = in_threads(figure, *zip(*whole, *halves, strict=True), num_images=num_a + num_b)
+    return Figure(figures[0] if value is None else value, float(np.std(figures[len(whole) :], ddof=1)))
+
+
+def in_threads(function: Callable[..., Any], *columns: Iterable[Any], num_images: int) -> list[Any]:
+    """`function` of each row of `columns`, on all the cores that torch has here.
+
+    Each call has one thread for its linear algebra, so that its result has the same bits on any number of cores.
+    """
+    cores = torch.get_num_threads()
+    at_once = max(1, min(cores, MOST_AT_ONCE // num_images))
+    try:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, *columns))
+    finally:
+        torch.set_num_threads(cores)  # what the threads have set holds for those to come, too
 
 
 def half(num: int, rng: np.random.Generator) -> Rows:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 BLOCK = 64
 
-PURPOSES = ("weights", "train", "test", "grid", "generate", "importance")
-"""Streams of numbers that must not depend on one another."""
+PURPOSES = (
+    *("weights", "train", "test", "grid", "generate", "importance"),
+    *("label", "component", "prior_weights", "posterior", "prior_noise", "prior_uniform"),
+)
+"""Streams of numbers that must not depend on one another; new ones go to the end, since the place enters the hash."""
 
 
 def seed_of(seed: int, purpose: str, block: int = 0) -> int:
@@ -36,3 +39,9 @@ def normal(
         blocks.append(torch.randn(BLOCK, *shape, generator=generator, device=device))
     noise = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return noise[start - first * BLOCK : stop - first * BLOCK]
+
+
+def uniform(seed: int, purpose: str, start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform float32 numbers (stop - start,) in (0, 1), likewise: the normal distribution function of `normal`."""
+    share: Tensor = torch.special.ndtr(normal(seed, purpose, start, stop, (), device).double())
+    return share.float().clamp(1e-7, 1 - 1e-7)

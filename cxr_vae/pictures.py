@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cxr_vae.files import write_atomically
+from cxr_vae.images import PNG_STRATEGY
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def save_png(path: Path, image: Tensor) -> None:
     """A grey image (H, W) uint8 as a PNG file, which is either whole or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image.cpu().numpy()).save(temporary, "PNG")
+    Image.fromarray(image.cpu().numpy()).save(temporary, "PNG", compress_type=PNG_STRATEGY)
     temporary.replace(path)
 
 

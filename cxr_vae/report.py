@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from cxr_vae.errors import UserError
 from cxr_vae.features import NO_FID
-from cxr_vae.report_figures import figure_tables
+from cxr_vae.report_figures import figure_tables, prior_in_words
 from cxr_vae.report_inputs import Results, read_checked
 from cxr_vae.run_dir import RunDir
 from cxr_vae.run_log import read_epochs, read_records
@@ -92,7 +92,9 @@ def figures_table(results: Results) -> str:
         parts.append(f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}")
     if "num_units" in results.latent:
         parts.append(f"{results.latent['active_units']} of {results.latent['num_units']} latent units are active")
-    what = f"{results.num_generated} generated images against {results.num_real} real ones"
+    drawn = prior_in_words(results)
+    of = f" (prior: {drawn})" if drawn else ""
+    what = f"{results.num_generated} generated images{of} against {results.num_real} real ones"
     parts.append(f"{what} ({results.real.get('split')} split), features: {network}")
     return "\n\n".join([*parts, NO_FID] if network == "random" else parts)
 

@@ -12,7 +12,7 @@ from cxr_vae.features import NO_FID
 from cxr_vae.report_figures import Cell, Table, brief, describe, figure_tables, interval, number
 from cxr_vae.report_history import history_tables
 from cxr_vae.report_images import Picture, load_picture, montage
-from cxr_vae.report_inputs import Finding, Inputs, Record
+from cxr_vae.report_inputs import Finding, Inputs, Record, read_optional
 from cxr_vae.report_plots import loss_curves, units_plot
 
 NUM_SHOWN = 24
@@ -121,6 +121,8 @@ def training_section(run: Inputs) -> Section:
     headers = ["epoch", "loss", "reconstruction", "KL", "bits/dim"]
     speeds = sorted(speed["images_per_s"] for speed in run.speeds)
     note = f"Median speed: {speeds[len(speeds) // 2]:.0f} images/s." if speeds else ""
+    if line := read_optional(run.run.efficiency).get("in_a_line"):
+        note += f" The last attempt with all it did: {line}."
     table = Table("Losses, nats an image", headers, rows, note)
     return Section("training", title, pictures=loss_curves(run.epochs), tables=[table])
 

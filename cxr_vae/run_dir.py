@@ -44,6 +44,16 @@ class RunDir:
         return self.path / "speed.jsonl"
 
     @property
+    def efficiency(self) -> Path:
+        """What the time of the last stretch of training went into, and how near it came to what the device can do."""
+        return self.path / "efficiency.json"
+
+    @property
+    def profile(self) -> Path:
+        """Directory of a profiler's trace."""
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
         return self.path / "checkpoints"
@@ -67,6 +77,18 @@ class RunDir:
     def results(self) -> Path:
         """The figures."""
         return self.evaluation / "evaluation_results.json"
+
+    def prior(self, name: str) -> Path:
+        """A prior that was fitted to the trained weights, by its name."""
+        return self.path / "priors" / f"{name}.safetensors"
+
+    def prior_training(self, name: str, digest: str) -> "RunDir":
+        """Where a prior is trained: a run directory of its own for each thing that was asked for."""
+        return RunDir(self.path / "priors" / f"{name}-{digest[:8]}")
+
+    def prior_trainings(self) -> "list[RunDir]":
+        """Those there are."""
+        return [RunDir(path.parent) for path in sorted(self.path.glob("priors/*/config.yaml"))]
 
     @property
     def jobs(self) -> Path:

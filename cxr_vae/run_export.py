@@ -23,7 +23,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """The pixels' means."""
-        return self.vae.decode(latents).sigmoid()
+        return self.vae.image(latents)
 
 
 def export_run(run: RunDir, which: str, out: Path | None, decoder: Path | None) -> list[Path]:
@@ -35,7 +35,7 @@ def export_run(run: RunDir, which: str, out: Path | None, decoder: Path | None) 
     path = choose(run, which)
     manifest = read_manifest(path)
     vae = build_model(config)
-    prefix = "ema.module." if config.train.ema_decay else "model."
+    prefix = "ema." if config.train.ema_decay else "model."
     # state_dict's tensors are the network's own: reading fills it.
     read_tensors(path, {prefix + name: tensor for name, tensor in vae.state_dict().items()})
     vae.eval()

@@ -13,6 +13,7 @@ from typing import Any
 from cxr_vae.files import naming
 from cxr_vae.losses import Losses, bits_per_dim
 from cxr_vae.run_dir import RunDir
+from cxr_vae.stopwatch import Stopwatch
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def loss_record(losses: Losses, kl_weight: float, image_size: int) -> dict[str, 
     }
 
 
-def in_words(record: dict[str, float]) -> str:
+def in_words(record: Mapping[str, float]) -> str:
     """`610.2 = 590.1 + KL 20.1 nats/image, 0.851 bits/dim`."""
     return (
         f"{record['loss_nats']:.1f} nats/image (reconstruction {record['reconstruction_nats']:.1f}, "
@@ -103,6 +104,7 @@ class RunLog:
 
     def __init__(self, run: RunDir, *, enabled: bool = True) -> None:
         self.run, self.enabled = run, enabled
+        self._board: Any = None
         self.loss_nats: float | None = None
         """Of the step that was logged last."""
         self.test_loss_nats: float | None = None
@@ -113,16 +115,17 @@ class RunLog:
         """The last loss, for the progress bar."""
         return "" if self.loss_nats is None else f"loss {self.loss_nats:.1f}"
 
-    def begin(self, step: int) -> None:
-        """Opens the files of a run that goes on after `step` steps; records of later ones go: that work is lost."""
+    def begin(self, step: int, watch: Stopwatch) -> None:
+        """Opens the files of a run that goes on after `step` steps; records of later ones go: that work is lost.
+
+        `watch` tells what the time goes into.
+        """
+        self._watch, self._last_seconds = watch, dict(watch.seconds)
         self._started = self._last_time = time.perf_counter()
-        self._last_step = step
+        self._last_step = self._begun_after = step
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self._metrics, self._speed = _Lines(self.run.metrics, step), _Lines(self.run.speed, step)
-        self._board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -131,7 +134,7 @@ class RunLog:
 
     def epoch(self, step: int, epoch: int, train: Mapping[str, float], test: Mapping[str, float]) -> None:
         """Losses of an epoch."""
-        self.test_loss_nats = test["loss_nats"]
+        self.test_loss_nats = test.get("loss_nats")
         self.metrics("epoch", step, {"epoch": epoch, "train": train, "test": test})
 
     def metrics(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
@@ -147,17 +150,23 @@ class RunLog:
         """Losses of one step, and the speed since the last call."""
         if not self.enabled:
             return
-        self.loss_nats = record["loss_nats"]
+        self.loss_nats = record.get("loss_nats")
         self.metrics("step", step, record)
         now = time.perf_counter()
         images_per_s = (step - self._last_step) * batch_size / (now - self._last_time)
         self._last_step, self._last_time = step, now
+        spent = {f"{kind}_s": round(total - self._last_seconds[kind], 4) for kind, total in self._watch.seconds.items()}
+        self._last_seconds = dict(self._watch.seconds)
         speed = {"step": step, "elapsed_s": round(now - self._started, 3), "images_per_s": round(images_per_s, 2)}
-        self._speed.add(speed)
+        self._speed.add(speed | spent)
         self._plot("speed/images_per_s", images_per_s, step)
 
     def _plot(self, name: str, number: float, step: int) -> None:
         """A point for TensorBoard, which is drawn for as long as the disk takes it: metrics.jsonl has all of it."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import, so after the first steps
+
+            self._board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self._begun_after + 1)
         with contextlib.suppress(OSError):
             self._board.add_scalar(name, number, step)
 
@@ -165,12 +174,14 @@ class RunLog:
         """Flushes to the disk all that was recorded; OSError where it can't be."""
         if self.enabled:
             self._metrics.sync()
-            with contextlib.suppress(OSError):
-                self._board.flush()
+            if self._board is not None:
+                with contextlib.suppress(OSError):
+                    self._board.flush()
 
     def close(self) -> None:
         """Closes the files."""
         if self.enabled:
             self._metrics.sync()
-            with contextlib.suppress(OSError):
-                self._board.close()
+            if self._board is not None:
+                with contextlib.suppress(OSError):
+                    self._board.close()

@@ -19,10 +19,14 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
 
 
 def kl_weight(step: int, config: ObjectiveConfig) -> float:
-    """Of the step that follows `step` finished ones: grows linearly to `kl_weight`, then stays.
+    """Of the step that follows `step` finished ones: grows linearly to `kl_weight`, then stays, or begins anew.
 
-    Warm-up as in Sønderby et al., "Ladder Variational Autoencoders", 2016, sec. 2.3.
+    Warm-up as in Sønderby et al., "Ladder Variational Autoencoders", 2016, sec. 2.3. Cycles as in Fu et al., "Cyclical
+    Annealing Schedule", 2019, eq. 6 and 7: it grows in the first half of each (their R = 0.5).
     """
+    if config.kl_cycle_steps:
+        done = (step % config.kl_cycle_steps + 1) / config.kl_cycle_steps
+        return config.kl_weight * min(1.0, 2 * done)
     if step < config.kl_warmup_steps:
         return config.kl_weight * (step + 1) / config.kl_warmup_steps
     return config.kl_weight

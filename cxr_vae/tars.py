@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from cxr_vae.errors import UserError
 from cxr_vae.files import naming, sha256_of
-from cxr_vae.images import Fit, UnreadableImageError, decode_grey, to_square
+from cxr_vae.images import PNG_STRATEGY, Fit, UnreadableImageError, decode_grey, to_square
 from cxr_vae.index import Columns, columns_of, save_columns
 
 PARTS = ".parts"
@@ -155,7 +155,7 @@ def encode(square: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> bytes
     elif preprocessing.format == "jpg":
         Image.fromarray(square).save(buffer, "JPEG", quality=95)
     else:
-        Image.fromarray(square).save(buffer, "PNG")
+        Image.fromarray(square).save(buffer, "PNG", compress_type=PNG_STRATEGY)
     return buffer.getvalue()
 
 

@@ -1,10 +1,11 @@
 """How a model does on the test split: its losses, and pictures of samples and reconstructions."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
 
 from cxr_vae.config import Config
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.dataset import XrayDataset, to_float
 from cxr_vae.distributed import World
 from cxr_vae.losses import Losses, negative_elbo
 from cxr_vae.models import VAE
@@ -30,8 +31,9 @@ def test_losses(model: VAE, dataset: XrayDataset, config: Config, here: World) -
         images = to_float(dataset.images(range(start, stop)), here.device)
         noise = normal(config.seed, "test", start, stop, model.latent_shape, here.device)
         with autocast(config.train.precision, here.device):
-            output = model(images, noise)
-        losses = negative_elbo(output.logits, images, output.mean, output.logvar)
+            labels = dataset.labels(range(start, stop), here.device) if model.num_classes else None
+            output = model(images, noise, labels)
+        losses = negative_elbo(output, images, config.objective.likelihood)
         sums += torch.stack([*(term.double().sum() for term in losses), sums.new_tensor(stop - start)])
     reconstruction, kl, count = here.sum_(sums).cpu()
     assert int(count) == len(dataset), "a test image was missed or counted twice"
@@ -39,23 +41,29 @@ def test_losses(model: VAE, dataset: XrayDataset, config: Config, here: World) -
 
 
 @torch.inference_mode()
-def save_grids(run: RunDir, epoch: int, model: VAE, dataset: XrayDataset, config: Config, device: torch.device) -> None:
-    """samples/ and reconstructions/ after `epoch` epochs: the same latents and the same test images each time."""
+def draw_grids(
+    run: RunDir, epoch: int, model: VAE, dataset: XrayDataset, config: Config, device: torch.device
+) -> Callable[[], None]:
+    """samples/ and reconstructions/ after `epoch` epochs: the same latents and the same test images each time.
+
+    What is returned writes them: to be called later or by a thread, since that takes longer than an epoch on a GPU.
+    """
     model.eval()
     side = config.train.grid_size
     latents = normal(config.seed, "grid", 0, side * side, model.latent_shape, device)
     columns = min(side, len(dataset))
-    images = dataset.images(range(columns * min(max(1, side // 2), len(dataset) // columns)))  # whole rows
+    rows = range(columns * min(max(1, side // 2), len(dataset) // columns))  # whole ones of the picture
+    images = dataset.images(rows)
+    in_turn = torch.arange(side * side, device=device) % model.num_classes if model.num_classes else None
+    labels = dataset.labels(rows, device) if model.num_classes else None
     with autocast(config.train.precision, device):
-        samples = model.decode(latents)
+        samples = model.image(latents, in_turn)
         mean, _ = model.encode(to_float(images, device))
-        reconstructions = model.decode(mean.float())
-    save_grid(run.grid("samples", epoch), to_uint8(samples.float().sigmoid()), side)
-    save_reconstructions(
-        run.grid("reconstructions", epoch), images, to_uint8(reconstructions.float().sigmoid()).cpu(), columns
-    )
+        reconstructions = model.image(mean.float(), labels)
+    samples, reconstructions, images = to_uint8(samples).cpu(), to_uint8(reconstructions).cpu(), images.cpu()
 
+    def write() -> None:
+        save_grid(run.grid("samples", epoch), samples, side)
+        save_reconstructions(run.grid("reconstructions", epoch), images, reconstructions, columns)
 
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 images as float32 in [0, 1] on `device`; the bytes travel, not the floats."""
-    return images.to(device, non_blocking=True).float() / 255
+    return write

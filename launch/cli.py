@@ -19,8 +19,9 @@ from launch.status import OVER, as_json, look, runs_below, status_of, statuses, 
 STAGES = {
     "shard": "Shards the folder of X-rays that a configuration names.",
     "train": "Trains as a configuration says.",
+    "prior": "Fits the prior that a configuration names to its finished run.",
     "evaluate": "Evaluates the finished run of a configuration.",
-    "pipeline": "Shards, trains, evaluates and reports, each if the one before succeeded.",
+    "pipeline": "Shards, trains, fits a prior if one is named, evaluates, reports; each if the one before succeeded.",
 }
 
 
@@ -77,7 +78,7 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    """`cxr-launch shard`, `train`, `evaluate` and `pipeline`."""
+    """`cxr-launch shard`, `train`, `prior`, `evaluate` and `pipeline`."""
     from launch.submission import Submission
 
     return Submission.of(arguments).submit(arguments.name, dry_run=arguments.dry_run)
@@ -123,7 +124,7 @@ def _add_logs(commands: Any) -> None:
         commands, "logs", logs, "Shows what the jobs of a run print.", "cxr-launch logs runs/reference --follow"
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    stages = ("shard", "train", "evaluate", "report")
+    stages = ("shard", "train", "prior", "evaluate", "report")
     parser.add_argument("--stage", choices=stages, help="(default: the one that printed last)")
     parser.add_argument("--follow", action="store_true", help="go on until the jobs of the run have ended")
 

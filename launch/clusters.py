@@ -249,7 +249,7 @@ class Slurm(Cluster):
 
     def parameters(self, stage: Stage, after: str | None) -> dict[str, Any]:
         """Of submitit's SlurmExecutor."""
-        more = self.options | (self.gpu_options if stage.name in ("train", "evaluate") else {})
+        more = self.options | (self.gpu_options if stage.name in ("train", "prior", "evaluate") else {})
         # A job may come back after it was cut off, into the same log.
         more |= {"requeue": True, "output": f"{stage.run_dir.logs.absolute()}/{stage.log_name}-job.log"}
         if after:

@@ -1,7 +1,7 @@
 """What the jobs do: each stage as a command line of `cxr-vae`, with what it needs and how far it is."""
 
+import functools
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.index import MANIFEST
 from cxr_vae.run_dir import RunDir
 
-UNITS = {"shard": "tars", "train": "steps", "evaluate": "files", "report": ""}
+UNITS = {"shard": "tars", "train": "steps", "prior": "steps and files", "evaluate": "files", "report": ""}
 """What a stage's progress is counted in."""
 
 
@@ -54,6 +54,9 @@ class Stage:
         """A number that grows when the stage is brought on, by whatever an interruption doesn't take away."""
         if self.name == "train":
             return self.run_dir.newest_step()
+        if self.name == "prior":
+            steps = sum(training.newest_step() for training in self.run_dir.prior_trainings())
+            return steps + len(list(self.output.glob("*.safetensors")))
         if self.name == "shard":
             return len(list(self.output.glob("*.tar"))) + (self.output / MANIFEST).exists()
         return sum(1 for path in self.output.rglob("*") if path.suffix in (".png", ".safetensors"))
@@ -69,16 +72,19 @@ def stages_of(name: str, config: Config, resolved: Path, resources: "Shape") -> 
     run = Path(config.run_dir)
     size = (resources.ranks_per_node, resources.cpus_per_rank)
     train = Stage("train", ("train", str(resolved)), run, run, resources.nodes, *size)
+    prior = Stage("prior", prior_arguments(config), run, run / "priors", 1, *size)
     evaluate = Stage("evaluate", evaluate_arguments(config), run, run / "evaluation", 1, *size)
-    if name in ("train", "evaluate"):
-        return [train if name == "train" else evaluate]
+    if name == "prior" and not config.needs_fitted_prior:
+        raise UserError("prior.name=standard has nothing to fit: name another, as in prior.name=gmm")
+    if name in ("train", "prior", "evaluate"):
+        return [{"train": train, "prior": prior, "evaluate": evaluate}[name]]
     sharding = shard_stage(config, resources)
     if name == "shard":
         if sharding is None:
             raise UserError(f"data.shards={config.data.shards} is there and data.source is not set: nothing to shard")
         return [sharding]
     report = Stage("report", ("report", str(run)), run, run / "report")
-    return [*([sharding] if sharding else []), train, evaluate, report]
+    return [*([sharding] if sharding else []), train, *([prior] if config.needs_fitted_prior else []), evaluate, report]
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,29 @@ def shard_stage(config: Config, resources: Shape) -> Stage | None:
     return Stage("shard", tuple(arguments), Path(config.run_dir), shards, cpus_per_rank=cores)
 
 
+def prior_arguments(config: Config) -> tuple[str, ...]:
+    """Of the fit of the configuration's prior to the run, which may have been trained with another in its own."""
+    free = ("device", "data.shards", "data.workers", "data.loading")
+    of_loop = ("train.cuda_graph", "train.log_every", "train.max_minutes")
+    keys = (*names_in(config, "prior"), *names_in(config, "checkpoint"), *free, *of_loop)
+    return ("prior", config.run_dir, *settings(config, *keys))
+
+
 def evaluate_arguments(config: Config) -> tuple[str, ...]:
-    """Of the evaluation of the run with the configuration's options for it."""
-    options: Mapping[str, object] = config.evaluate.model_dump()
-    settings = [f"evaluate.{name}={'null' if value is None else value}" for name, value in options.items()]
-    return ("evaluate", config.run_dir, *settings, f"device={config.device}", f"data.shards={config.data.shards}")
+    """Of the evaluation of the run with the configuration's options for it, and for what images are drawn from."""
+    of_prior = ("prior.name", "prior.num_steps", "prior.guidance")
+    return (
+        *("evaluate", config.run_dir),
+        *settings(config, *names_in(config, "evaluate"), *of_prior, "device", "data.shards"),
+    )
+
+
+def names_in(config: Config, section: str) -> list[str]:
+    """The dotted keys of a section."""
+    return [f"{section}.{name}" for name in type(getattr(config, section)).model_fields]
+
+
+def settings(config: Config, *keys: str) -> list[str]:
+    """`key=value` of options by their dotted keys, as a command takes them."""
+    values = [functools.reduce(getattr, key.split("."), config) for key in keys]
+    return [f"{key}={'null' if value is None else value}" for key, value in zip(keys, values, strict=True)]

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def runs_below(paths: Sequence[Path]) -> list[RunDir]:
         if not path.is_dir():
             raise UserError(f"{path} is not there: name a run directory, or a folder of them")
         for candidate in [path, *sorted(path.glob("*/")), *sorted(path.glob("*/*/"))]:
-            if is_run(candidate):
+            of_prior = candidate != path and candidate.parent.name == "priors"  # is shown as a stage of its run
+            if is_run(candidate) and not of_prior:
                 found[candidate] = None
     if not found:
         raise UserError(f"no run in {', '.join(map(str, paths))}: name a run directory, or a folder of them")
@@ -98,7 +100,8 @@ def status_of(run: RunDir, record: Record, views: Views) -> Status:
     """How a job stands."""
     state, why = state_of(run, record, views)
     attempt = record.attempts[-1].number if record.attempts else 0
-    training = of_training(run) if record.stage == "train" else {}
+    loop = loop_of(run, record)
+    training = of_training(loop) if loop else {}
     if state != "running":
         training |= {"images_per_s": None, "left_s": None}
     return Status(str(run.path), record.stage, record.job, state, attempt, why=why, **training)
@@ -155,7 +158,8 @@ def state_here(run: RunDir, record: Record, before: str) -> tuple[str, str]:
 
 def state_of_running(run: RunDir, record: Record, before: str) -> tuple[str, str]:
     """A job that should be running is stale where its heartbeat is."""
-    beat = read_heartbeat(run.heartbeat) if record.stage == "train" else None
+    loop = loop_of(run, record)
+    beat = read_heartbeat(loop.heartbeat) if loop else None
     if beat is None or not record.attempts or beat["time"] < record.attempts[-1].began:
         return "running", before
     return stale(beat) or ("running", before)
@@ -187,6 +191,15 @@ def status_by_hand(run: RunDir) -> Status:
         if state == "running":
             state, why = stale(beat) or (state, why)
     return Status(str(run.path), "train", "-", state, 0, why=why, **of_training(run))
+
+
+def loop_of(run: RunDir, record: Record) -> RunDir | None:
+    """Where a job's training loop is: the run, or the prior trained last since the job began; None without one."""
+    if record.stage != "prior":
+        return run if record.stage == "train" else None
+    beats = [(beat["time"], loop) for loop in run.prior_trainings() if (beat := read_heartbeat(loop.heartbeat))]
+    began = record.attempts[0].began if record.attempts else float("inf")
+    return max((of for of in beats if of[0] >= began), key=itemgetter(0), default=(0.0, None))[1]
 
 
 def of_training(run: RunDir) -> dict[str, Any]:

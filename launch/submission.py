@@ -105,9 +105,16 @@ class Submission:
             shards = self.config.data.shards
             if "shard" not in names and not (Path(shards) / MANIFEST).is_file():
                 raise UserError(f"data.shards={shards} holds no shards: write them with cxr-launch shard")
+        if {"prior", "evaluate"} & set(names) and "train" not in names and not run.weights.is_file():
+            raise UserError(f"{run.path} holds no trained weights: train first, or use cxr-launch pipeline")
+        if "prior" in names:
+            from cxr_vae.fit_prior import check_prior
+
+            check_prior(self.config)  # a pipeline would find out only after the training
         if "evaluate" in names:
-            if "train" not in names and not run.weights.is_file():
-                raise UserError(f"{run.path} holds no trained weights: train first, or use cxr-launch pipeline")
+            name = self.config.prior.name
+            if self.config.needs_fitted_prior and "prior" not in names and not run.prior(name).is_file():
+                raise UserError(f"{run.path} has no {name} prior yet: fit it with cxr-launch prior")
             if self.config.evaluate.features == "inception":
                 from cxr_vae.inception_weights import require_weights
 

@@ -6,8 +6,10 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from cxr_vae.shards import write_shards
 from cxr_vae.tars import Preprocessing
@@ -21,14 +23,54 @@ def pytest_configure() -> None:
     os.environ["CXR_VAE_CACHE"] = tempfile.mkdtemp(prefix="cxr-vae-cache-")  # not the user's
 
 
-SLOW_FILES = ("slurm", "train", "faults", "sbatch", "launch", "evaluate", "metrics", "guard", "run_export", "doctor")
+SLOW_FILES = (
+    "slurm",
+    "train",
+    "recipe",
+    "faults",
+    "sbatch",
+    "launch",
+    "evaluate",
+    "metrics",
+    "guard",
+    "run_export",
+    "doctor",
+)
 """The slowest first: each file runs in one process, and the last must not be a long one."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in the order of SLOW_FILES, then the others."""
+LEFT_OUT = pytest.StashKey[int]()
+"""How many tests need a GPU that isn't there."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files in the order of SLOW_FILES, then the others; without those marked `gpu` where there is none."""
     order = {f"test_{name}": place for place, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    need_gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[LEFT_OUT] = len(need_gpu)
+    if need_gpu:
+        config.hook.pytest_deselected(items=need_gpu)
+        items[:] = [item for item in items if item not in need_gpu]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist tells the one that prints."""
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every process of pytest-xdist collects all tests."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says what was not tested: no skip, since CI's machines have no GPU."""
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests need a GPU, and torch sees none here: they were left out")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cxr_vae import parts
+from cxr_vae import parts, reader
 from cxr_vae.config_file import load_config
+from cxr_vae.console import Progress
+from cxr_vae.dataset import open_dataset, open_split
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
-from cxr_vae.noise import normal
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
 from cxr_vae.train import Training, train
@@ -30,7 +32,7 @@ from tests.helpers import TINY
 def begin(here: World, shards: str, run_dir: str, *options: str) -> Training:
     """A training run at its start."""
     config = load_config(None, [*TINY, f"data.shards={shards}", f"run_dir={run_dir}", *options])
-    return Training.begin(config, RunDir(Path(config.run_dir)), here)
+    return Training(config, RunDir(Path(config.run_dir)), here)
 
 
 def gradients(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Tensor]:
@@ -38,30 +40,34 @@ def gradients(here: World, shards: str, run_dir: str, *options: str) -> dict[str
     training = begin(here, shards, run_dir, "precision=fp32", "norm=group", *options)
     images = training.train_set.images(next(training.slices()))
     start, stop = here.slice(0, training.config.train.batch_size)
-    noise = normal(training.config.seed, "train", start, stop, training.state.model.latent_shape)
-    sums, finite = training.backward(images, noise, 1.0)
+    sums, finite = training.update.backward(training.batch(images, start, stop), 1.0)
     assert finite.all()
     gradients = {name: parameter.grad for name, parameter in training.state.model.named_parameters()}
+    if training.state.critic is not None:
+        critic = training.state.critic.model.named_parameters()
+        gradients |= {f"critic.{name}": parameter.grad for name, parameter in critic}
     return {"sums": sums, **{name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}}
 
 
 def visited(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Any]:
-    """The image ids a whole run fetches on this rank, step by step, and the noise it draws for them."""
+    """The ids of the images of each step of a whole run on this rank, and the noise it draws for them."""
     training = begin(here, shards, run_dir, *options)
-    ids = training.train_set.index.texts("source")
+    names = training.train_set.index.texts("source")
+    images = training.train_set.images(range(len(names)))
+    ids = {image.numpy().tobytes(): name for image, name in zip(images, names, strict=True)}
     steps: list[list[str]] = []
     noise: list[Tensor] = []
-    fetch, forward = training.train_set.images, training.state.model.forward
+    step, forward = training.step, training.state.model.forward
 
-    def fetching(rows: Any) -> Tensor:
-        steps.append([ids[row] for row in rows])
-        return fetch(rows)
+    def stepping(images: Tensor) -> Any:
+        steps.append([ids[image.numpy().tobytes()] for image in images])
+        return step(images)
 
-    def forwarding(images: Tensor, epsilon: Tensor) -> Any:
+    def forwarding(images: Tensor, epsilon: Tensor, labels: Tensor | None) -> Any:
         noise.append(epsilon)
-        return forward(images, epsilon)
+        return forward(images, epsilon, labels)
 
-    training.train_set.images = fetching  # type: ignore[method-assign]
+    training.step = stepping  # type: ignore[method-assign]
     training.state.model.forward = forwarding  # type: ignore[method-assign]
     training.state.model.eval()
     assert training.loop(StopSignal())
@@ -73,17 +79,18 @@ def leg(here: World, shards: str, run_dir: str, until: str, *options: str) -> di
     training = begin(here, shards, run_dir, *options)
     first = training.state.step
     sources, noise = training.train_set.index.texts("source"), []
-    backward = training.backward
+    backward = training.update.backward
 
-    def noting(images: Tensor, epsilon: Tensor, weight: float) -> Any:
-        noise.append(epsilon.clone())
-        return backward(images, epsilon, weight)
+    def noting(batch: Sequence[Tensor], weight: float) -> Any:
+        noise.append(batch[1].clone())
+        return backward(batch, weight)
 
-    training.backward = noting  # type: ignore[method-assign]
+    training.update.backward = noting  # type: ignore[method-assign]
     ids = []
     for rows in itertools.islice(training.slices(), int(until) - first):
         ids.append([sources[row] for row in rows])
-        training.step(training.train_set.images(rows))
+        outcome = training.step(training.train_set.images(rows))
+        training.log_step(outcome, Progress(0, "train", enabled=False))
     training.checkpoints.save(training.state, last=True)
     training.close()
     state = {name: tensor.clone() for name, tensor in training.state.state_dict().items()}
@@ -100,24 +107,26 @@ def states(here: World, shards: str, run_dir: str, *options: str) -> dict[str, T
 def poisoned(here: World, shards: str, run_dir: str, *options: str) -> dict[str, Any]:
     """A run in which the last rank's losses of the third step come to nan."""
     training = begin(here, shards, run_dir, *options)
-    backward, before = training.backward, {}
+    backward, before = training.update.backward, {}
 
-    def poisoning(images: Tensor, noise: Tensor, weight: float) -> Any:
+    def poisoning(batch: Sequence[Tensor], weight: float) -> Any:
+        images, noise, labels = batch
         if training.state.step == 2:
             before.update({name: tensor.clone() for name, tensor in training.state.state_dict().items()})
             noise = noise * (float("nan") if here.rank == here.size - 1 else 1)
-        return backward(images, noise, weight)
+        return backward((images, noise, labels), weight)
 
-    training.backward = poisoning  # type: ignore[method-assign]
+    training.update.backward = poisoning  # type: ignore[method-assign]
     step, unchanged = training.step, True
 
-    def stepping(images: Tensor) -> None:
+    def stepping(images: Tensor) -> Any:
         nonlocal unchanged
         poisoned = training.state.step == 2
-        step(images)
+        outcome = step(images)
         if poisoned:
             after = training.state.state_dict()
             unchanged = all(torch.equal(after[name], value) for name, value in before.items() if name != "counters")
+        return outcome
 
     training.step = stepping  # type: ignore[method-assign]
     error = ""
@@ -145,6 +154,23 @@ def unreadable_part(here: World, shards: str, run_dir: str) -> dict[str, str]:
     except UserError as error:
         return {"error": str(error)}
     return {"error": ""}
+
+
+def loaded(here: World, shards: str, loading: str) -> dict[str, Any]:
+    """All training images as this rank has them after each rank has used its half; and how many it decoded."""
+    decoded, decode = 0, reader.decode
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return decode(*arguments)
+
+    reader.decode = counting
+    config = load_config(None, [*TINY, f"data.shards={shards}", f"data.loading={loading}"]).data
+    dataset = open_dataset(config, open_split(config, "train"), here)
+    dataset.images(range(*here.slice(0, len(dataset))))
+    here.barrier()
+    return {"images": dataset.images(range(len(dataset))), "decoded": decoded}
 
 
 def collectives(here: World) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cxr_vae import checkpoint
+from cxr_vae import checkpoint, parts
 from cxr_vae.checkpoint import Checkpoints, best_of
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
@@ -53,8 +53,16 @@ def advance(state: TrainState, steps: int = 1) -> TrainState:
         (output.logits.square().mean() + output.mean.square().mean() + output.logvar.square().mean()).backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.advance(torch.tensor([1.5, 0.25], dtype=torch.float64), 4)
+        state.add(torch.tensor([1.5, 0.25], dtype=torch.float64), 4, torch.tensor(True))
+        state.count(4)
     return state
+
+
+def skip(state: TrainState) -> None:
+    """A step that changes nothing."""
+    state.add(torch.full((2,), torch.nan, dtype=torch.float64), 4, torch.tensor(False))
+    state.count(4)
+    state.num_skipped += 1
 
 
 def assert_equal(a: TrainState, b: TrainState) -> None:
@@ -70,16 +78,18 @@ def assert_equal_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tens
 @pytest.mark.parametrize("options", [(), ("ema_decay=0.9", "optimizer.name=adamw", "weight_decay=0.1")])
 def test_what_is_saved_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path, options: tuple[str, ...]) -> None:
     state = advance(new_state(*options), 3)
-    state.skip(4)
+    skip(state)
     assert state.is_best(7.25)
     save(tmp_path, state, *options)
     loaded = new_state(*options, "seed=9")
     name, skipped = checkpoints(tmp_path, *options).load_latest(loaded)
     assert (name, skipped) == ("step-0000000004", [])
-    assert (loaded.step, loaded.samples_seen, loaded.epoch_images, loaded.num_skipped) == (4, 16, 12, 1)
+    assert (loaded.step, loaded.samples_seen, loaded.epoch_sums[2], loaded.num_skipped) == (4, 16, 12, 1)
     assert not loaded.is_best(7.25)
     assert_equal(loaded, state)
     assert_equal(advance(loaded, 2), advance(state, 2))
+    for parameter, moments in loaded.optimizer.state.items():
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
 
 
 def test_scaler_state_comes_back(tmp_path: Path) -> None:
@@ -97,7 +107,7 @@ def test_a_save_before_the_first_update_changes_nothing() -> None:
     """torch's get_optimizer_state_dict makes the moments of a new optimizer by a step, which Adam then counts."""
     one, two = new_state("weight_decay=0.1"), new_state("weight_decay=0.1")
     for state in (one, two):
-        state.skip(4)
+        skip(state)
     one.state_dict()
     assert_equal(advance(one, 3), advance(two, 3))
     assert one.state_dict()["optimizer.state.to_mean.weight.step"].item() == 3
@@ -112,14 +122,14 @@ def test_no_checkpoint_leaves_the_state_alone(tmp_path: Path) -> None:
 class TestSavingWhileTrainingGoesOn:
     def test_what_is_written_is_the_state_at_the_save(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         writing, go = threading.Event(), threading.Event()
-        write = checkpoint.write_tensors
+        write = parts.write_tensors
 
         def slowly(*arguments: Any) -> Any:
             writing.set()
             assert go.wait(30)
             return write(*arguments)
 
-        monkeypatch.setattr(checkpoint, "write_tensors", slowly)
+        monkeypatch.setattr(parts, "write_tensors", slowly)
         state, saving = advance(new_state()), checkpoints(tmp_path)
         saving.save(state)
         assert writing.wait(30)

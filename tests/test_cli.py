@@ -13,10 +13,10 @@ from tests.helpers import environment
 COMMANDS = {
     "cxr-vae": [
         *("phantom", "split", "shard", "inspect"),
-        *("train", "checkpoints", "export", "generate", "evaluate", "audit", "report", "fetch-weights"),
+        *("train", "checkpoints", "export", "prior", "generate", "evaluate", "audit", "report", "fetch-weights"),
         "config",
     ],
-    "cxr-launch": ["shard", "train", "evaluate", "pipeline", "sweep", "status", "logs", "cancel", "doctor"],
+    "cxr-launch": ["shard", "train", "prior", "evaluate", "pipeline", "sweep", "status", "logs", "cancel", "doctor"],
 }
 ALL = [(program, name) for program, names in COMMANDS.items() for name in names]
 

@@ -74,6 +74,8 @@ def test_numbers_are_decimal_as_in_yaml_1_2() -> None:
         ("data.image_size=100", "divisible by 32"),
         ("model.channels=[]", "at least 1 item"),
         ("model.channels=[8, 0]", "positive"),
+        ("model.num_blocks=2", "model.num_blocks=2 is no option of model.name=conv, which has model.channels"),
+        ("model.name=residual", "model.latent_dim=128 is no option of model.name=residual"),
         ("train.accumulate=64", "at least train.accumulate=64"),
         ("train.epochs={", "not valid YAML"),
     ],
@@ -83,6 +85,36 @@ def test_wrong_options_are_refused_in_words(override: str, expected: str) -> Non
         load_config(CONFIGS / "reference.yaml", [override])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["latent_dim=3"], "model.latent_dim=3 is no option of model.name=residual, which has model.channels"),
+        (["norm=batch"], "model.norm=batch should be group"),
+        (["channels=[8]"], "two widths or more"),
+        (["num_blocks=0"], "should be greater than or equal to 1"),
+        (["image_size=220"], "divisible by 8"),
+        (["kl_warmup_steps=5", "kl_cycle_steps=10"], "kl_warmup_steps=5 should be 0"),
+        (["image_size=8", "ms_ssim_weight=1"], "data.image_size=8 should be 11 or more with objective.ms_ssim_weight"),
+        (["image_size=16", "adversarial_weight=1"], "should be 24 or more with objective.adversarial_weight"),
+    ],
+)
+def test_options_that_the_network_or_image_size_has_no_use_for_are_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, ["model.name=residual", *overrides])
+    assert expected in str(error.value)
+
+
+def test_each_architecture_has_its_own_defaults(tmp_path: Path) -> None:
+    conv, residual = load_config(None).model, load_config(None, ["model.name=residual"]).model
+    assert (conv.latent_dim, conv.latent_channels, conv.num_blocks, conv.norm) == (128, None, None, "batch")
+    assert (residual.latent_dim, residual.latent_channels, residual.num_blocks, residual.norm) == (None, 4, 1, "group")
+    assert residual.channels == [24, 48, 96, 192]
+    assert (conv.num_halvings, residual.num_halvings) == (5, 3)
+    path = tmp_path / "saved.yaml"
+    path.write_text(dump_config(load_config(None, ["model.name=residual"])))
+    assert load_config(path).model == residual
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,31 @@
+import os
 import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
+from cxr_vae import reader
 from cxr_vae.config import DataConfig
-from cxr_vae.dataset import XrayDataset, fits_in_memory, open_dataset, open_split, read_ahead
+from cxr_vae.dataset import XrayDataset, free_memory, num_bytes, open_dataset, open_split, read_ahead
+from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.images import decode_grey, to_square
 from cxr_vae.index import ShardDirectory
+from cxr_vae.reader import ShardReader
 from cxr_vae.shards import write_shards
 from cxr_vae.stream import TrainingStream
 from cxr_vae.tars import Preprocessing
+from tests.ranks import on_ranks
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -90,20 +102,95 @@ def test_a_tar_that_vanishes_is_named(shards: Path, tmp_path: Path) -> None:
 def test_open_dataset_checks_the_size_and_chooses_the_loading(shards: Path) -> None:
     def opened(**options: object) -> XrayDataset:
         config = DataConfig.model_validate({"shards": str(shards), "image_size": 32, **options})
-        return open_dataset(config, open_split(config, "train"), 1)
+        return open_dataset(config, open_split(config, "train"), ALONE)
 
-    assert opened().in_memory
-    assert not opened(loading="shards").in_memory
+    assert opened().place == opened(loading="memory").place == "memory"
+    assert opened(loading="shards").place == "shards"
+    with pytest.raises(UserError, match="this run is on the CPU"):
+        opened(loading="gpu")
     with pytest.raises(UserError, match=r"made with image_size=32, but data.image_size is 64"):
         open_split(DataConfig(shards=str(shards), image_size=64), "train")
     with pytest.raises(UserError, match="no such shard directory"):
         open_split(DataConfig(shards="/nowhere", image_size=32), "train")
 
 
-def test_what_fits_in_memory_counts_every_process(shards: Path) -> None:
+def test_what_does_not_fit_is_read_from_the_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(shards=str(shards), image_size=32)
+    index = open_split(config, "train")
+    monkeypatch.setattr("cxr_vae.dataset.free_memory", lambda: 2 * num_bytes(index))
+    assert open_dataset(config, index, ALONE).place == "memory"
+    monkeypatch.setattr("cxr_vae.dataset.free_memory", lambda: 2 * num_bytes(index) - 1)
+    assert open_dataset(config, index, ALONE).place == "shards"
+    assert open_dataset(config.model_copy(update={"loading": "memory"}), index, ALONE).place == "memory"
+
+
+def test_free_memory_is_less_than_there_is() -> None:
+    assert 0 < free_memory() <= psutil.virtual_memory().total
+
+
+def test_each_image_is_decoded_once_and_the_batch_asks_for_nothing_more(shards: Path, counted: dict[str, int]) -> None:
+    dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=True, workers=2)
+    stream = TrainingStream(len(dataset), seed=1)
+    for epoch in range(3):
+        with read_ahead(dataset, iter(np.array_split(stream.permutation(epoch), 5))) as batches:
+            assert sum(map(len, batches)) == 70
+    assert counted["decode"] == counted["pread"] == 70
+    assert counted["open"] == len(dataset.index.shards)
+
+
+def test_blocks_are_read_once_an_epoch_by_few_large_reads(shards: Path, counted: dict[str, int]) -> None:
+    """With the images of a block-shuffled epoch in the order they come; what is read is what is asked for."""
     index = ShardDirectory.open(shards).split("train")
-    assert fits_in_memory(index, 1)
-    assert not fits_in_memory(index, 10**9)
+    plain = XrayDataset(index, in_memory=True, workers=1).images(range(70))
+    counted.clear()
+    dataset = XrayDataset(index, in_memory=False, workers=3, block=8)
+    order = TrainingStream(70, seed=1, block=8).permutation(0)
+    with read_ahead(dataset, iter(np.array_split(order, 7))) as batches:
+        assert torch.equal(torch.cat(list(batches)), plain[torch.from_numpy(order)])
+    assert counted["decode"] == 70
+    assert counted["open"] == len(index.shards)
+    in_blocks = {(row // 8, int(shard)) for row, shard in enumerate(index.numbers("shard"))}
+    assert counted["pread"] == len(in_blocks) < 20  # one a block, and one more where it reaches into the next tar
+
+
+def test_only_so_many_blocks_are_kept(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cxr_vae.reader.WINDOW", 2)
+    reader = ShardReader(ShardDirectory.open(shards).split("train"), block=4)
+    for row in range(70):
+        reader.read(row)
+        assert len(reader._blocks) <= 4
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a reader opened a tar, read from one and decoded an image."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            if name == "open":
+                time.sleep(0.01)  # time for another thread to find the tar closed too
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr("cxr_vae.reader.decode", counting("decode", reader.decode))
+    monkeypatch.setattr("cxr_vae.reader.FileIO", counting("open", reader.FileIO))
+    monkeypatch.setattr("cxr_vae.reader.os.pread", counting("pread", os.pread))
+    return counts
+
+
+@pytest.mark.parametrize("loading", ["memory", "shards"])
+def test_ranks_of_a_machine_decode_each_image_once_and_have_the_same(
+    shards: Path, tmp_path: Path, loading: str
+) -> None:
+    seen = on_ranks("loaded", 2, tmp_path, shards, loading)
+    images = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=True, workers=1).images(range(70))
+    for rank in seen:
+        assert torch.equal(rank["images"], images)
+    # Each decodes the half it is asked for; what it is asked for afterwards is there already, if they share it.
+    assert [rank["decoded"] for rank in seen] == ([35, 35] if loading == "memory" else [105, 105])
 
 
 def test_large_images_decode_to_their_size(tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_gradients_are_those_of_one_process(
             )
 
 
+def test_compressed_gradients_have_the_error_of_bf16(
+    one_process: dict[str, torch.Tensor], shards: Path, tmp_path: Path
+) -> None:
+    one, two = on_ranks("gradients", 2, tmp_path, shards, tmp_path / "run", "compress_gradients=true")
+    for name, expected in one_process.items():
+        assert torch.equal(one[name], two[name])
+        if name != "sums":
+            error = (one[name] - expected).norm() / expected.norm().clamp(min=1e-3)
+            assert error < 2**-7, name
+    assert not torch.equal(one["to_mean.weight"], one_process["to_mean.weight"])
+
+
 def test_image_ids_and_noise_of_each_step_are_the_same_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> None:
     seen = {}
     for ranks in (1, 2, 4):

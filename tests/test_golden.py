@@ -52,5 +52,8 @@ def test_the_curve_is_the_pinned_one(tmp_path: Path) -> None:
     found, golden = curve(tmp_path), json.loads(GOLDEN.read_text())
     assert len(found) == len(golden) == 8 + 3
     for row, expected in zip(found, golden, strict=True):
-        # The tolerance allows for another CPU's rounding, which eight steps amplify, not for another algorithm.
-        assert row == pytest.approx(expected, rel=2e-4)
+        # The tolerance allows for another CPU's rounding, which eight steps amplify, not for another algorithm. The KL
+        # of the test images, 0.02 of 709 nats, is the small difference of large numbers: right to a millionth of those.
+        is_epoch = len(row) == 4
+        assert row[:4] == pytest.approx(expected[:4], rel=2e-4, abs=1e-6 * expected[1] if is_epoch else 0)
+        assert row[4:] == pytest.approx(expected[4:], rel=1e-12)

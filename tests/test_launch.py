@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -66,6 +67,11 @@ def processes_of(run: Path, what: str = "") -> list[psutil.Process]:
     return found
 
 
+RESIDUAL = ("model.name=residual", "model.latent_dim=null", "epochs=1", "prior.name=flow_matching")
+WITH_PRIOR = (*RESIDUAL, "prior.channels=[8, 16]", "prior.batch_size=14", "prior.num_steps=2", "train.precision=fp32")
+"""A model of spatial latents with a prior that has a network: `cxr-vae prior` takes 5 steps an epoch."""
+
+
 class TestInline:
     """On this terminal."""
 
@@ -90,6 +96,24 @@ class TestInline:
         assert "going on from step-0000000010" in again.stdout
         assert "already evaluated so" in again.stdout
         assert (tmp_path / "run" / "vae_final.safetensors").read_bytes() == before
+
+    def test_a_pipeline_with_a_prior_evaluates_what_is_drawn_from_it(self, source: Path, tmp_path: Path) -> None:
+        run, told = tmp_path / "run", options(source, tmp_path, *WITH_PRIOR)
+        first = launch("pipeline", *told, "prior.epochs=3")
+        assert first.returncode == 0, first.stdout + first.stderr
+        stages = [line for line in first.stdout.splitlines() if line.startswith("──")]
+        assert stages == ["── shard ──", "── train ──", "── prior ──", "── evaluate ──", "── report ──"]
+        assert "15 steps of 14 images (3 epochs of 70), 2 processes on cpu" in first.stdout
+        results = json.loads((run / "evaluation/evaluation_results.json").read_text())
+        assert results["generated"]["prior"] == "flow_matching"
+        assert results["generated"]["num_steps"] == 2
+        known = states(run)
+        assert [one["state"] for one in known.values()] == ["done"] * 5
+        assert (known["train"]["step"], known["prior"]["step"], known["prior"]["checkpoint_step"]) == (5, 15, 15)
+        assert "fitted prior" in launch("prior", *told, "prior.epochs=4").stdout  # not what was saved in the run
+        assert load_config(run / "config.yaml").prior.epochs == 3
+        assert states(run)["prior"]["step"] == 20
+        assert "already fitted so" in launch("prior", *told, "prior.epochs=4").stdout
 
     def test_it_stops_at_the_first_stage_that_fails(self, source: Path, tmp_path: Path) -> None:
         broken = shutil.copytree(source, tmp_path / "source")
@@ -155,6 +179,21 @@ class TestLocal:
         assert launch("train", *undisturbed).returncode == 0
         assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "other/run/metrics.jsonl").read_bytes()
 
+    def test_a_killed_rank_of_a_prior_is_started_again(self, trained: Path, shards: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(trained, tmp_path / "run")
+        flow = ("prior.name=flow", "prior.width=8", "prior.batch_size=14", "prior.epochs=60", "epochs=2")
+        queued = launch("prior", *trainings(shards, tmp_path, *flow, "checkpoint.every_steps=20"), cluster="local")
+        assert queued.returncode == 0, queued.stderr
+        wait_until(lambda: any(published(path) for path in run.glob("priors/*/checkpoints")))
+        processes_of(run, "cxr_vae")[0].kill()
+        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), 180)
+        status = states(run)["prior"]
+        assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 300)
+        log = (run / "logs" / f"run-prior-{socket.gethostname()}-rank0.log").read_text()
+        assert "going on from step-" in log
+        assert "fitted prior:" in log
+        assert (run / "priors" / "flow.safetensors").is_file()
+
     def test_cancel_lets_it_save_and_ends_it(self, shards: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
         launch("train", *trainings(shards, tmp_path, "epochs=400"), cluster="local")
@@ -188,9 +227,12 @@ class TestDryRun:
     """Says what would be done, and does nothing."""
 
     def test_on_this_machine_it_prints_the_commands(self, source: Path, tmp_path: Path) -> None:
-        result = launch("pipeline", *options(source, tmp_path), "--dry-run")
+        result = launch("pipeline", *options(source, tmp_path, "prior.name=gmm"), "--dry-run")
         assert result.returncode == 0, result.stderr
-        shard, train, evaluate, report = result.stdout.splitlines()
+        shard, train, prior, evaluate, report = result.stdout.splitlines()
+        assert "--nproc-per-node=2 -m cxr_vae prior" in prior
+        assert "prior.name=gmm prior.class_conditional=True prior.num_components=null" in prior
+        assert "prior.name=gmm prior.num_steps=25" in evaluate
         assert f"{sys.executable} -m cxr_vae shard {source} {tmp_path / 'shards'} --image-size=32" in shard
         assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m cxr_vae train" in train
         assert "-m cxr_vae evaluate" in evaluate
@@ -199,7 +241,7 @@ class TestDryRun:
         assert list(tmp_path.iterdir()) == []
 
     def test_for_slurm_it_prints_the_scripts_in_order(self, source: Path, tmp_path: Path) -> None:
-        asked = ["nodes=2", "gpus_per_node=4", "processes_per_node=null", "memory_gb=64", "hours=2"]
+        asked = ["prior.name=gmm", "nodes=2", "gpus_per_node=4", "processes_per_node=null", "memory_gb=64", "hours=2"]
         (tmp_path / "cluster.yaml").write_text(
             "max_nodes: 2\ngpus_per_node: 4\ncpus_per_node: 32\nqos: a\nsetup: [module load x]\n"
             "gpu_option: gres=gpu:a100:{gpus}\nshared_disks: true\nsrun: [--mpi=none]\n"
@@ -208,14 +250,14 @@ class TestDryRun:
         result = launch("pipeline", *told, "--dry-run", cluster="slurm")
         assert result.returncode == 0, result.stderr
         scripts = ["#!/bin/bash" + script for script in result.stdout.split("#!/bin/bash")[1:]]
-        shard, train, evaluate, report = scripts
+        shard, train, prior, evaluate, report = scripts
         for script in scripts:
             assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
             for option in ("--qos=a", "--comment=x", "--mem=64G", "--requeue", "--signal=USR2@120"):
                 assert f"#SBATCH {option}\n" in script
             assert "module load x\n" in script
             assert "--kill-on-bad-exit=1" in script
-        for script, minutes in ((shard, 120), (train, 120), (evaluate, 120), (report, 30)):
+        for script, minutes in ((shard, 120), (train, 120), (prior, 120), (evaluate, 120), (report, 30)):
             assert f"#SBATCH --time={minutes}\n" in script
         assert "--nodes=1" in shard
         assert "gres" not in shard + report
@@ -226,8 +268,11 @@ class TestDryRun:
             assert option in train.partition("#   srun ")[2]
         assert "afterok:<job id of shard>" in train
         assert "kill-on-invalid-dep=yes" in train
-        assert "afterok:<job id of train>" in evaluate
-        assert "#SBATCH --nodes=1" in evaluate
+        assert "afterok:<job id of train>" in prior
+        assert "afterok:<job id of prior>" in evaluate
+        for script in (prior, evaluate):
+            assert "#SBATCH --nodes=1\n" in script
+            assert "#SBATCH --gres=gpu:a100:4\n" in script
         assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
 
     def test_for_a_sweep_it_prints_the_array_and_the_table(self, shards: Path, tmp_path: Path) -> None:
@@ -267,7 +312,7 @@ class TestMistakes:
 
     def test_a_typo(self, source: Path, tmp_path: Path) -> None:
         result = launch("pipeline", *options(source, tmp_path, "epoch=3"))
-        check_sentence(result, "did you mean train.epochs?", program="cxr-launch")
+        check_sentence(result, "did you mean train.epochs or prior.epochs?", program="cxr-launch")
         assert list(tmp_path.iterdir()) == []
 
     def test_slurm_where_there_is_none(self, shards: Path, tmp_path: Path) -> None:
@@ -319,6 +364,17 @@ class TestMistakes:
     def test_an_evaluation_without_weights(self, shards: Path, tmp_path: Path) -> None:
         result = launch("evaluate", *trainings(shards, tmp_path))
         check_sentence(result, "no trained weights", program="cxr-launch")
+
+    def test_a_prior_for_other_latents(self, source: Path, tmp_path: Path) -> None:
+        result = launch("pipeline", *options(source, tmp_path, "prior.name=flow_matching"))
+        check_sentence(result, "is for spatial latents", program="cxr-launch")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_prior_that_nothing_has_fitted(self, trained: Path, shards: Path) -> None:
+        told = trainings(shards, trained.parent, "epochs=2", "features=random")
+        result = launch("evaluate", *told, "prior.name=gmm")
+        check_sentence(result, "has no gmm prior yet", "cxr-launch prior", program="cxr-launch")
+        check_sentence(launch("prior", *told), "prior.name=standard has nothing to fit", program="cxr-launch")
 
     def test_a_run_of_another_configuration(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()

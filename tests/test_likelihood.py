@@ -18,7 +18,7 @@ class Linear(VAE):
         used = images.flatten(1).mean(1) * 4 - 2
         return torch.stack([used, 0 * used], 1), torch.stack([0 * used - 1, 0 * used], 1)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         return latents[:, :1, None, None].expand(-1, 1, 8, 8) + 0.1
 
 
@@ -29,7 +29,7 @@ def images() -> Tensor:
 
 def test_the_importance_bound_goes_to_the_likelihood_and_one_sample_is_the_elbo(images: Tensor) -> None:
     """-log p(x) by integration over the one unit that counts."""
-    _, found = measure(Linear(), images, 0, 0, 2000)
+    _, found = measure(Linear(), images, None, 0, 0, 2000)
     grid = np.linspace(-8, 8, 20001)
     pixels = images.flatten(1).double().numpy()
     logits = grid + 0.1
@@ -40,13 +40,13 @@ def test_the_importance_bound_goes_to_the_likelihood_and_one_sample_is_the_elbo(
     assert abs(error.mean()) < 0.02
     assert (found["negative_elbo_nats"].mean() - expected.mean()) > 0.01
 
-    one = torch.stack([measure(Linear(), images, 0, seed, 1)[1]["importance_bound_nats"] for seed in range(400)])
-    elbos = torch.stack([measure(Linear(), images, 0, seed, 1)[1]["negative_elbo_nats"] for seed in range(400)])
+    one = torch.stack([measure(Linear(), images, None, 0, seed, 1)[1]["importance_bound_nats"] for seed in range(400)])
+    elbos = torch.stack([measure(Linear(), images, None, 0, seed, 1)[1]["negative_elbo_nats"] for seed in range(400)])
     assert float(one.mean()) == pytest.approx(float(elbos.mean()), abs=0.15)  # of noise 2
 
 
 def test_a_unit_that_says_nothing_is_not_active(images: Tensor) -> None:
-    found = measure(Linear(), images, 0, 0, 4)[1]
+    found = measure(Linear(), images, None, 0, 0, 4)[1]
     facts = unit_facts(found)
     assert (facts["active_units"], facts["num_units"]) == (1, 2)
     figures = likelihood_figures(found, 8)
@@ -57,7 +57,7 @@ def test_a_unit_that_says_nothing_is_not_active(images: Tensor) -> None:
 
 
 def test_noise_depends_on_the_position_alone(images: Tensor) -> None:
-    whole, part = measure(Linear(), images, 64, 3, 4)[1], measure(Linear(), images[10:], 74, 3, 4)[1]
+    whole, part = measure(Linear(), images, None, 64, 3, 4)[1], measure(Linear(), images[10:], None, 74, 3, 4)[1]
     for name in whole:
         assert torch.allclose(whole[name][10:], part[name], rtol=1e-5), name
 

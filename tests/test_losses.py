@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from cxr_vae.losses import bernoulli_nll, bits_per_dim, kl_to_standard_normal, negative_elbo
+from cxr_vae.likelihoods import bernoulli_nll
+from cxr_vae.losses import Output, bits_per_dim, kl_to_standard_normal, negative_elbo
 
 
 def reference(logits: torch.Tensor, images: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor):
@@ -20,7 +21,7 @@ def test_terms_agree_with_an_independent_float64_computation() -> None:
     torch.manual_seed(0)
     logits, images = torch.randn(6, 1, 32, 32) * 3, torch.rand(6, 1, 32, 32)
     mean, logvar = torch.randn(6, 16), torch.randn(6, 16) * 2
-    losses = negative_elbo(logits, images, mean, logvar)
+    losses = negative_elbo(Output(logits, mean, logvar, torch.zeros(())), images, "bernoulli")
     nll, kl = reference(logits, images, mean, logvar)
     assert losses.reconstruction.shape == losses.kl.shape == (6,)
     torch.testing.assert_close(losses.reconstruction.double(), nll, rtol=1e-6, atol=0)
@@ -33,7 +34,7 @@ def test_everything_is_float32_under_autocast_and_from_half_precision() -> None:
     logits, images = torch.randn(2, 1, 64, 64).bfloat16(), torch.rand(2, 1, 64, 64)
     mean, logvar = torch.randn(2, 8).bfloat16(), torch.randn(2, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = negative_elbo(logits, images, mean, logvar)
+        losses = negative_elbo(Output(logits, mean, logvar, torch.zeros(())), images, "bernoulli")
     nll, kl = reference(logits, images, mean, logvar)
     assert losses.reconstruction.dtype == losses.kl.dtype == torch.float32
     torch.testing.assert_close(losses.reconstruction.double(), nll, rtol=1e-6, atol=0)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from cxr_vae.config import EvaluateConfig
@@ -61,14 +62,36 @@ def test_kernel_distance_takes_every_image_where_there_are_few() -> None:
     features = [Features(torch.from_numpy(x).float(), torch.zeros(50, 3)) for x in (a, b)]
     k = [[(x @ y.T / 16 + 1) ** 3 for y in (a, b)] for x in (a, b)]  # Bińkowski et al. 2018
     unbiased = sum((k[i][i].sum() - np.trace(k[i][i])) / (50 * 49) for i in (0, 1)) - 2 * k[0][1].mean()
-    assert kernel_distance(*features, subset_size=1000) == pytest.approx(unbiased, rel=1e-4)
+    assert kernel_distance(*features, 1000, Pairs(a, b)) == pytest.approx(unbiased, rel=1e-4)
     assert unbiased_mmd(a, b) == pytest.approx(unbiased, rel=1e-9)
 
 
 def test_kernel_distance_of_subsets_converges_to_that_of_all() -> None:
     a, b = sets(90, 60, 16)
     features = [Features(torch.from_numpy(x).float(), torch.zeros(len(x), 3)) for x in (a, b)]
-    assert kernel_distance(*features, subset_size=55) == pytest.approx(unbiased_mmd(a, b), rel=0.05)
+    assert kernel_distance(*features, 55, Pairs(a, b)) == pytest.approx(unbiased_mmd(a, b), rel=0.05)
+
+
+def test_kernel_distance_is_torch_fidelitys_whether_pairs_are_known_or_not() -> None:
+    features = [Features(torch.from_numpy(x).float(), None) for x in sets(90, 60, 16)]
+    doubles = [x.pooled.double() for x in features]
+    expected = kid_features_to_metric(*doubles, kid_subset_size=50, verbose=False)["kernel_inception_distance_mean"]
+    known = Pairs(*(x.numpy() for x in doubles))
+    assert kernel_distance(*features, 50, known) == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(*features, 50, Pairs(known.a[:20], known.b)) == expected
+
+
+def test_figures_are_the_same_bits_on_any_number_of_cores() -> None:
+    features = [Features(torch.from_numpy(x).float(), torch.from_numpy(x)) for x in sets(60, 50, 96)]
+    before, found = torch.get_num_threads(), []
+    for cores in (1, 2, 5):
+        torch.set_num_threads(cores)
+        try:
+            found.append(compare(*features, EvaluateConfig()))
+            assert torch.get_num_threads() == cores
+        finally:
+            torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
 
 
 def test_interval_has_the_width_of_the_standard_error() -> None:

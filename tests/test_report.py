@@ -535,3 +535,16 @@ def relative_luminance(color: str) -> float:
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_priors_stand_beside_the_figures_of_their_samples(tmp_path: Path) -> None:
+    """And do not keep two runs apart: they are there to be compared."""
+    drawn: tuple[dict[str, Any], ...] = (
+        {"prior": "standard normal"},
+        {"prior": "flow_matching", "temperature": 1.0, "num_steps": 25, "guidance": 2.0},
+    )
+    runs = [make_run(tmp_path / f"run{n}", RESULTS | {"generated": facts}).path for n, facts in enumerate(drawn)]
+    report_runs(runs, tmp_path / "comparison.html")
+    page = read_page(tmp_path / "comparison.html")
+    (rows,) = [rows for caption, rows in tables(page) if caption.startswith("Samples")]
+    assert rows[1] == ["prior", "–", "standard normal", "flow_matching (temperature 1.0, num_steps 25, guidance 2.0)"]

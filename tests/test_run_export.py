@@ -36,10 +36,10 @@ def test_export_of_one_by_name_or_of_the_best(averaged: Path, tmp_path: Path) ->
     result = cxr_vae("export", run, "--checkpoint", "step-0000000004")
     assert result.stdout == f"{run / 'vae_step-0000000004.safetensors'}\n"
     vae, config = load_vae(run / "vae_step-0000000004.safetensors")
-    tensors = {f"ema.module.{name}": torch.empty_like(value) for name, value in vae.state_dict().items()}
+    tensors = {f"ema.{name}": torch.empty_like(value) for name, value in vae.state_dict().items()}
     read_tensors(run / "checkpoints" / "step-0000000004", tensors)
     for name, value in build_model(config).state_dict().items():
-        assert torch.equal(vae.state_dict()[name], tensors[f"ema.module.{name}"]), name
+        assert torch.equal(vae.state_dict()[name], tensors[f"ema.{name}"]), name
         if name == "to_mean.weight":
             assert not torch.equal(vae.state_dict()[name], value)  # trained
     best = best_of(run / "checkpoints")

@@ -5,6 +5,7 @@ import pytest
 
 from cxr_vae.run_dir import RunDir
 from cxr_vae.run_log import RunLog, cut_after, read_records
+from cxr_vae.stopwatch import Stopwatch
 
 
 def lines(*steps: int) -> bytes:
@@ -48,7 +49,7 @@ def test_what_a_full_disk_refuses_is_kept_until_it_can_be_written(
 ) -> None:
     run = RunDir(tmp_path)
     log = RunLog(run)
-    log.begin(0)
+    log.begin(0, Stopwatch())
 
     class Full:
         """Takes ten bytes more."""

@@ -39,7 +39,7 @@ def test_shells_find_nothing_amiss(script: Path) -> None:
 
 
 @pytest.mark.timeout(500)
-def test_shard_train_and_evaluate_with_an_interruption_are_as_on_one_machine(
+def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machine(
     slurm_cluster: SlurmCluster, source: Path, tmp_path: Path
 ) -> None:
     cluster, shards, run = slurm_cluster, tmp_path / "shards", tmp_path / "run"
@@ -61,6 +61,10 @@ def test_shard_train_and_evaluate_with_an_interruption_are_as_on_one_machine(
     assert alone.returncode == 0, alone.stderr
     assert same(run, tmp_path / "alone")
 
+    log = tmp_path / "prior.log"
+    assert ended(cluster, sbatch(cluster, log, "prior", run, "name=gmm", ranks=2)) == "COMPLETED", log.read_text()
+    assert (run / "priors/gmm.safetensors").is_file()
+
     log, asked = tmp_path / "evaluate.log", ("features=random", "num_generated=20")
     assert ended(cluster, sbatch(cluster, log, "evaluate", run, *asked, ranks=2)) == "COMPLETED", log.read_text()
     assert (run / "evaluation/evaluation_results.json").is_file()
@@ -74,7 +78,7 @@ def test_a_cancelled_job_stays_so_and_a_mistake_is_told(
     wrong = sbatch(cluster, tmp_path / "wrong.log", "train", "configs/reference.yaml", "epoch=3")
     job = sbatch(cluster, log, "train", *OPTIONS, f"data.shards={shards}", f"run_dir={run}", "epochs=4000")
     assert ended(cluster, wrong) == "FAILED"
-    assert "did you mean train.epochs?" in (tmp_path / "wrong.log").read_text()
+    assert "did you mean train.epochs or prior.epochs?" in (tmp_path / "wrong.log").read_text()
     wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 5, 60)
     cluster.run("scancel", job)
     assert ended(cluster, job) == "CANCELLED"

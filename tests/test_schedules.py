@@ -20,6 +20,12 @@ def test_warmup_grows_linearly_to_the_full_value() -> None:
     assert [kl_weight(step, objective) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
+def test_cycles_grow_in_their_first_half() -> None:
+    objective = ObjectiveConfig(kl_weight=2.0, kl_cycle_steps=4)
+    assert [kl_weight(step, objective) for step in range(9)] == [1.0, 2.0, 2.0, 2.0, 1.0, 2.0, 2.0, 2.0, 1.0]
+    assert kl_weight(0, ObjectiveConfig(kl_cycle_steps=1000)) == pytest.approx(0.002)
+
+
 def test_cosine_falls_from_the_full_value_to_zero() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=10, schedule="cosine")
     rates = [learning_rate(step, 110, config) for step in range(10, 111)]

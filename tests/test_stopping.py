@@ -105,8 +105,8 @@ def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None
 SLOW_DISK = """
 import sys
 if "train" in sys.orig_argv:
-    import time, cxr_vae.checkpoint as checkpoint
-    checkpoint.write_tensors = lambda *arguments: time.sleep(600)
+    import time, cxr_vae.parts as parts
+    parts.write_tensors = lambda *arguments: time.sleep(600)
 """
 
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cxr_vae.stream import TrainingStream
+from cxr_vae.stream import WINDOW, TrainingStream
 
 
 def test_an_epoch_holds_every_image_once() -> None:
@@ -33,6 +33,26 @@ def test_the_order_is_pinned() -> None:
 
 
 PINNED = [0, 8, 9, 3, 7, 5, 1, 2, 6, 4, 3, 7, 4, 2, 9, 8, 1, 6, 5, 0]
+
+
+def test_blocks_come_in_random_order_and_are_mixed_within_windows() -> None:
+    stream = TrainingStream(1000, seed=3, block=5)
+    order = stream.permutation(0)
+    assert sorted(order) == list(range(1000))
+    windows = [order[start : start + WINDOW * 5] // 5 for start in range(0, 1000, WINDOW * 5)]
+    assert [len(set(blocks)) for blocks in windows] == [64, 64, 64, 8]
+    assert len(set().union(*map(set, windows))) == 200  # no block is in two windows
+    assert not np.array_equal(windows[0], np.sort(windows[0]))
+    assert len(set(windows[0][:5])) > 1  # images of a block don't come together
+    assert not np.array_equal(stream.permutation(1), order)
+    assert np.array_equal(TrainingStream(1000, seed=3, block=5).rows(990, 1010)[:10], order[990:])
+
+
+def test_the_order_of_blocks_is_pinned() -> None:
+    assert TrainingStream(10, seed=0, block=2).rows(0, 10).tolist() == PINNED_BLOCKS
+
+
+PINNED_BLOCKS = PINNED[:10]  # one window holds them all, so the order is that of the images' draws
 
 
 def test_far_positions_cost_what_near_ones_do() -> None:

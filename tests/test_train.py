@@ -28,6 +28,7 @@ def arguments(shards: Path, run_dir: Path, *options: str) -> list[str]:
 
 
 LONG = (
+    "precision=bf16",
     "epochs=8",
     "checkpoint.every_steps=7",
     "grid_every=4",
@@ -58,7 +59,7 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed: Path) -> None:
     expected = {
         *("config.yaml", "environment.json", "hyperparameters.json", "metrics.jsonl", "speed.jsonl", "tensorboard"),
         *("checkpoints", "samples", "reconstructions", "loss_curves.png", "vae_final.safetensors", ".lock"),
-        "heartbeat.json",
+        *("heartbeat.json", "efficiency.json"),
     }
     assert {path.name for path in undisturbed.iterdir()} == expected
     assert [path.name for path in sorted((undisturbed / "samples").iterdir())] == ["epoch_0004.png", "epoch_0008.png"]

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cxr_vae.config import ModelConfig
+from cxr_vae.config import Config
 from cxr_vae.models.base import VAE
 
 
@@ -14,37 +14,45 @@ class ConvVAE(VAE):
 
     Each stage of the encoder halves the side (4 × 4 kernels, stride 2), normalisation, ReLU; two linear heads give
     mean and log-variance; a linear layer and the mirrored transposed convolutions lead back, the last to one channel
-    of logits without norm. Group norm (Wu and He, 2018) with 8 groups, or as many as divide the width.
+    of logits without norm. Group norm (Wu and He, 2018) with 8 groups, or as many as divide the width. The decoder is
+    told a class by a learned vector, 0 at first, that is added to the latent one.
     """
 
-    def __init__(self, config: ModelConfig, image_size: int) -> None:
-        super().__init__()
-        widths = config.channels
-        self.latent_shape = (config.latent_dim,)
-        self.smallest = (widths[-1], *[image_size >> len(widths)] * 2)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.objective.likelihood, config.model.num_classes)
+        widths, norm, latent_dim = config.model.channels, config.model.norm, config.model.latent_dim
+        assert latent_dim is not None
+        self.latent_shape = (latent_dim,)
+        self.smallest = (widths[-1], *[config.data.image_size >> len(widths)] * 2)
         num_features = self.smallest[0] * self.smallest[1] * self.smallest[2]
 
         self.encoder = nn.Sequential(
-            *(_down(*pair, config.norm) for pair in pairwise([1, *widths])),
+            *(_down(*pair, norm) for pair in pairwise([1, *widths])),
             nn.Flatten(),
         )
-        self.to_mean = nn.Linear(num_features, config.latent_dim)
-        self.to_logvar = nn.Linear(num_features, config.latent_dim)
+        self.to_mean = nn.Linear(num_features, latent_dim)
+        self.to_logvar = nn.Linear(num_features, latent_dim)
         back = widths[::-1]
         self.decoder = nn.Sequential(
-            nn.Linear(config.latent_dim, num_features),
+            nn.Linear(latent_dim, num_features),
             nn.Unflatten(1, self.smallest),
-            *(_up(*pair, config.norm) for pair in pairwise(back)),
+            *(_up(*pair, norm) for pair in pairwise(back)),
             nn.ConvTranspose2d(back[-1], 1, kernel_size=4, stride=2, padding=1),
         )
+        self.classes = nn.Embedding(self.num_classes, latent_dim) if self.num_classes else None
+        if self.classes is not None:
+            nn.init.zeros_(self.classes.weight)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See VAE.encode."""
         features = self.encoder(images)
         return self.to_mean(features), self.to_logvar(features)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """See VAE.decode."""
+        self.check_labels(labels)
+        if self.classes is not None:
+            latents = latents + self.classes(labels)
         logits: Tensor = self.decoder(latents)
         return logits
 

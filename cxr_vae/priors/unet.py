@@ -1,0 +1,156 @@
+"""The velocity network of `flow_matching`: a small U-Net (Ronneberger et al. 2015; Dhariwal and Nichol 2021).
+
+Residual blocks of group norm and SiLU, which time and class scale and shift (FiLM, Perez et al. 2018), and
+self-attention at every resolution but the finest. Everything is a fixed sequence of operations on the device: it can
+be compiled and captured in a CUDA graph.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_WIDTH = 64
+"""Channels of an attention head, where they divide the width."""
+
+
+class UNet(nn.Module):
+    """Spatial latents (B, C, H, W), times (B,) in [0, 1] and classes (B,) int64 → velocities (B, C, H, W).
+
+    `channels` holds the width of each resolution, each half the side of the one before, so sides must be divisible by
+    2^(len(channels) - 1). `num_classes` counts the one that stands for "not told". At first the output is zero.
+    """
+
+    def __init__(self, num_latents: int, num_classes: int, channels: Sequence[int], num_blocks: int) -> None:
+        super().__init__()
+        width = 4 * channels[0]
+        self.num_frequencies = channels[0]
+        self.embed_time = nn.Sequential(nn.Linear(2 * channels[0], width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_class = nn.Embedding(num_classes, width)
+        self.enter = nn.Conv2d(num_latents, channels[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, current = [channels[0]], channels[0]
+        for level, wide in enumerate(channels):
+            if level:
+                self.down.append(Down(current))
+                skips.append(current)
+            for _ in range(num_blocks):
+                self.down.append(Block(current, wide, width, attend=level > 0))
+                skips.append(current := wide)
+        self.middle = nn.ModuleList(
+            [Block(current, current, width, attend=True), Block(current, current, width, attend=False)]
+        )
+        for level, wide in reversed(list(enumerate(channels))):
+            for _ in range(num_blocks + 1):
+                self.up.append(Block(current + skips.pop(), wide, width, attend=level > 0))
+                current = wide
+            if level:
+                self.up.append(Up(current))
+        self.leave = nn.Sequential(_norm(current), nn.SiLU(), nn.Conv2d(current, num_latents, 3, padding=1))
+        for parameter in self.leave[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, latents: Tensor, times: Tensor, classes: Tensor) -> Tensor:
+        """See the class."""
+        embedding = self.embed_time(sinusoids(times, self.num_frequencies)) + self.embed_class(classes)
+        condition = F.silu(embedding)
+        features = self.enter(latents)
+        skips = [features]
+        for layer in self.down:
+            features = layer(features, condition)
+            skips.append(features)
+        for layer in self.middle:
+            features = layer(features, condition)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                features = torch.cat([features, skips.pop()], 1)
+            features = layer(features, condition)
+        velocity: Tensor = self.leave(features)
+        return velocity
+
+
+class Block(nn.Module):
+    """Two convolutions beside a skip, the second's input scaled and shifted by the condition; then attention."""
+
+    def __init__(self, num_in: int, num_out: int, width: int, *, attend: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(_norm(num_in), nn.SiLU(), nn.Conv2d(num_in, num_out, 3, padding=1))
+        self.film = nn.Linear(width, 2 * num_out)
+        self.norm = _norm(num_out)
+        self.second = nn.Conv2d(num_out, num_out, 3, padding=1)
+        nn.init.zeros_(self.second.weight)  # a block is the identity at first
+        nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
+        self.skip = nn.Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
+        self.attention = Attention(num_out) if attend else nn.Identity()
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(B, C, H, W) and (B, width) → (B, C', H, W)."""
+        scale, shift = self.film(condition)[:, :, None, None].chunk(2, 1)
+        inner = self.norm(self.first(features)) * (1 + scale) + shift
+        attended: Tensor = self.attention(self.skip(features) + self.second(F.silu(inner)))
+        return attended
+
+
+class Attention(nn.Module):
+    """Self-attention among the places of a feature map, beside a skip (Vaswani et al. 2017).
+
+    Written out, since fused kernels add up gradients in no fixed order on GPUs: see `models.blocks.Attention`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
+        self.norm = _norm(width)
+        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
+        self.leave = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) → the same."""
+        batch, width, height, across = features.shape
+        qkv = self.to_qkv(self.norm(features)).flatten(2).view(batch, 3, self.num_heads, -1, height * across)
+        query, key, value = qkv.transpose(3, 4).unbind(1)
+        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        attended = (torch.softmax(scores, dim=3).to(value.dtype) @ value).transpose(2, 3)
+        left: Tensor = self.leave(attended.reshape(batch, width, height, across))
+        return features + left
+
+
+class Down(nn.Module):
+    """Halves the side by a convolution of stride 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H / 2, W / 2)."""
+        halved: Tensor = self.conv(features)
+        return halved
+
+
+class Up(nn.Module):
+    """Doubles the side by repetition and a convolution, which leaves no checkerboard (Odena et al. 2016)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, 2 H, 2 W)."""
+        doubled: Tensor = self.conv(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+        return doubled
+
+
+def sinusoids(times: Tensor, count: int) -> Tensor:
+    """Times (B,) in [0, 1] → (B, 2 · count) cosines and sines of periods from 2π / 1000 to 20 π."""
+    exponents = torch.arange(count, device=times.device, dtype=torch.float32) / count
+    angles = 1000 * times.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, width), width)
