@@ -31,8 +31,10 @@ class Critic:
             return None
         model = build_discriminator(config)
         model = model.to(device, memory_format=memory_format(config, device))  # type: ignore[call-overload]
-        # With less momentum, as is the habit (Radford et al., "DCGAN", 2016, section 4).
-        return cls(model, make_optimizer("adam", model, config.optimizer.lr, betas=(0.5, 0.9)))
+        # With less momentum, as is the habit (Radford et al., "DCGAN", 2016, section 4). While every patch is within the
+        # hinge, real and fake cancel in the last bias's gradient but for rounding, of which Adam with a smaller eps makes
+        # whole steps: another one for every number of ranks.
+        return cls(model, make_optimizer("adam", model, config.optimizer.lr, betas=(0.5, 0.9), eps=1e-6))
 
 
 @dataclass
