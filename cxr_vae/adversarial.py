@@ -3,6 +3,9 @@
 All of them are functions of one image alone, float32, so it doesn't matter how a batch is divided among ranks.
 """
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,6 +29,16 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """-fake, the mean over patches: logits (B, 1, h, w) → (B,). Their eq. 7."""
     return -fake_logits.float().flatten(1).mean(1)
+
+
+def feature_matching_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """Mean absolute differences of the discriminator's features, summed over its layers: (B, C, h, w) each → (B,).
+
+    Wang et al., "High-Resolution Image Synthesis with Conditional GANs" (pix2pixHD), 2018, eq. 4. That a VAE should
+    compare images in the features of its discriminator is Larsen et al.'s "Autoencoding beyond pixels", 2016.
+    """
+    distances = [(a.float() - b.float()).abs().flatten(1).mean(1) for a, b in zip(real, fake, strict=True)]
+    return torch.stack(distances).sum(0)
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:

@@ -148,6 +148,9 @@ class ObjectiveConfig(Section):
     adversarial_weight: float = Field(
         0.0, ge=0, description="factor of the adversarial loss, beside its adaptive weight; 0: no discriminator"
     )
+    feature_matching_weight: float = Field(
+        0.0, ge=0, description="of the discriminator's features, within the adversarial loss; 0: not compared"
+    )
     adversarial_start_step: int = Field(0, ge=0, description="finished steps from which the adversarial loss counts")
     adversarial_channels: int = Field(32, ge=1, description="width of the discriminator's first layer")
 

@@ -7,21 +7,17 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A copy of `model` whose weights follow the model's: w ← decay · w + (1 - decay) · model's, at each update.
+    """A copy of `model` whose weights follow the model's: w ← (1 - share) · w + share · model's, at each update."""
 
-    The first update takes the model's weights as they are.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.module = deepcopy(model).requires_grad_(False)
-        self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, share: Tensor | float = 1.0, *, first: bool = False) -> None:
-        """`share` of an update, on the model's device: 1 or 0 (none)."""
+    def update(self, model: nn.Module, share: Tensor | float) -> None:
+        """With a share of 0, on the model's device, nothing changes."""
         averages, currents = _floats(self.module), _floats(model)
         moves = torch._foreach_sub(currents, averages)
-        torch._foreach_mul_(moves, (1.0 if first else 1 - self.decay) * share)
+        torch._foreach_mul_(moves, share)
         torch._foreach_add_(averages, moves)
         for average, current in zip(self.module.buffers(), model.buffers(), strict=True):
             if not average.is_floating_point():

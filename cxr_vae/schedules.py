@@ -1,4 +1,4 @@
-"""Learning rate and KL weight as pure functions of the step, so that a resumed run can't get them wrong."""
+"""What changes from step to step, as functions of the step alone: a resumed run can't get it wrong."""
 
 import math
 
@@ -30,3 +30,12 @@ def kl_weight(step: int, config: ObjectiveConfig) -> float:
     if step < config.kl_warmup_steps:
         return config.kl_weight * (step + 1) / config.kl_warmup_steps
     return config.kl_weight
+
+
+def ema_share(step: int, decay: float) -> float:
+    """Of the newest weights in their average, at the step that follows `step` finished ones: 1, 0.9, … 1 - decay.
+
+    A constant decay would keep the first weights in it for thousands of steps. So it grows from 0 as
+    step / (step + 9), as that of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    return 1 - min(decay, step / (step + 9))

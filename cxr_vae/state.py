@@ -31,9 +31,9 @@ class Critic:
             return None
         model = build_discriminator(config)
         model = model.to(device, memory_format=memory_format(config, device))  # type: ignore[call-overload]
-        # With less momentum, as is the habit (Radford et al., "DCGAN", 2016, section 4). While every patch is within the
-        # hinge, real and fake cancel in the last bias's gradient but for rounding, of which Adam with a smaller eps makes
-        # whole steps: another one for every number of ranks.
+        # With less momentum, as is the habit (Radford et al., "DCGAN", 2016, section 4). While every patch is within
+        # the hinge, real and fake cancel in the last bias's gradient but for rounding, of which Adam with a smaller
+        # eps makes whole steps: another one for every number of ranks.
         return cls(model, make_optimizer("adam", model, config.optimizer.lr, betas=(0.5, 0.9), eps=1e-6))
 
 
@@ -66,18 +66,19 @@ class TrainState:
         model = model.to(device, memory_format=memory_format(config, device))  # type: ignore[call-overload]
         options = config.optimizer
         optimizer = make_optimizer(options.name, model, options.lr, weight_decay=options.weight_decay)
-        ema = Ema(model, config.train.ema_decay) if config.train.ema_decay else None
+        ema = Ema(model) if config.train.ema_decay else None
         scaler = GradScaler(device.type, enabled=config.train.precision == "fp16")
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         return cls(model, optimizer, Critic.create(config, device), scaler, ema, sums)
 
-    def add(self, sums: Tensor, num_images: int, applied: Tensor) -> None:
+    def add(self, sums: Tensor, num_images: int, applied: Tensor, ema_share: Tensor | float) -> None:
         """Takes a step into the averages: `sums` (2,) of reconstruction and KL over its images, from all ranks.
 
-        Where it was not `applied` (), on the same device, nothing changes.
+        `ema_share`: of its weights in the running average (`schedules.ema_share`). Where it was not `applied` (), on
+        the same device, nothing changes.
         """
         if self.ema is not None:
-            self.ema.update(self.model, applied.float(), first=self.step == 0)
+            self.ema.update(self.model, applied.float() * ema_share)
         self.epoch_sums += torch.where(applied, pad(sums, (0, 1), value=num_images), 0.0)
 
     def count(self, num_images: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cxr_vae.adversarial import adaptive_weight, generator_loss, hinge_discriminator_loss
+from cxr_vae.adversarial import adaptive_weight, feature_matching_loss, generator_loss, hinge_discriminator_loss
 from cxr_vae.compilation import compiled
 from cxr_vae.config import Config
 from cxr_vae.dataset import to_float
@@ -78,8 +78,13 @@ class VaeStep(Step):
             (pull,) = torch.autograd.grad(reconstruction.sum(), logits)
             reconstructions = likelihood.image(logits)
         with autocast(self.config.train.precision, self.here.device):
-            verdict = self._critic(reconstructions)
-        (push,) = torch.autograd.grad(generator_loss(verdict).sum(), logits)
+            *features, verdict = self._critic(reconstructions)
+            loss = generator_loss(verdict)
+            if options.feature_matching_weight:
+                with torch.no_grad():
+                    of_images = self._critic(images)[:-1]
+                loss = loss + options.feature_matching_weight * feature_matching_loss(of_images, features)
+        (push,) = torch.autograd.grad(loss.sum(), logits)
         critic.requires_grad_(True)
         weight = options.adversarial_weight * adaptive_weight(pull, push)
         return weight * (output.logits.float() * push).flatten(1).sum(1), reconstructions.detach()
@@ -89,7 +94,7 @@ class VaeStep(Step):
         both = torch.cat([images, reconstructions])
         with nullcontext() if last else gradients_stay_local(self._parallel_critic):
             with autocast(self.config.train.precision, self.here.device):
-                verdicts = self._parallel_critic(both)
+                verdicts = self._parallel_critic(both)[-1]
             loss = hinge_discriminator_loss(*verdicts.chunk(2))
             (loss.sum() * self.share).backward()
         return loss.detach()

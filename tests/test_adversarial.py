@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from cxr_vae.adversarial import LARGEST_WEIGHT, adaptive_weight, generator_loss, hinge_discriminator_loss
+from cxr_vae.adversarial import (
+    LARGEST_WEIGHT,
+    adaptive_weight,
+    feature_matching_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+)
 from cxr_vae.config_file import load_config
 from cxr_vae.models import build_discriminator
 
@@ -14,12 +20,13 @@ def test_logits_see_patches_of_70_pixels() -> None:
         if isinstance(layer, torch.nn.GroupNorm):
             layer.forward = lambda x: x
     images = torch.rand(1, 1, 224, 224).requires_grad_()
-    logits = discriminator(images)
+    *features, logits = discriminator(images)
+    assert [maps.shape[1:] for maps in features] == [(4, 112, 112), (8, 56, 56), (16, 28, 28), (32, 27, 27)]
     assert logits.shape == (1, 1, 26, 26)
     logits[0, 0, 13, 13].backward()
     rows = images.grad[0, 0].abs().sum(1).nonzero()
     assert rows.max() - rows.min() + 1 == 70
-    assert discriminator(torch.rand(2, 1, 24, 24)).shape == (2, 1, 1, 1)
+    assert discriminator(torch.rand(2, 1, 24, 24))[-1].shape == (2, 1, 1, 1)
 
 
 def test_the_discriminator_is_isolas_but_for_norm_and_bias() -> None:
@@ -35,7 +42,7 @@ def test_the_discriminator_is_a_function_of_seed_and_image_alone() -> None:
     assert torch.equal(one.layers[0].weight, again.layers[0].weight)
     assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
     images = torch.rand(3, 1, 32, 32)
-    torch.testing.assert_close(one(images)[1:2], one(images[1:2]))
+    torch.testing.assert_close([maps[1:2] for maps in one(images)], one(images[1:2]))
 
 
 def test_losses_are_their_definitions() -> None:
@@ -48,6 +55,10 @@ def test_losses_are_their_definitions() -> None:
     assert hinge_discriminator_loss(real * 0 + 1, fake * 0 - 1).tolist() == [0, 0, 0]
     torch.testing.assert_close(generator_loss(fake), -fake.mean((1, 2, 3)))
     assert generator_loss(fake.bfloat16()).dtype == torch.float32
+    pairs = [(torch.randn(3, 2, 5, 5), torch.randn(3, 2, 5, 5)), (real, fake)]
+    for number, found in enumerate(feature_matching_loss(*zip(*pairs, strict=True)).tolist()):
+        means = [sum(map(abs, (a[number] - b[number]).flatten().tolist())) / a[number].numel() for a, b in pairs]
+        assert found == pytest.approx(sum(means), rel=1e-5)
 
 
 def test_weighted_so_both_losses_pull_equally_hard() -> None:
@@ -55,7 +66,7 @@ def test_weighted_so_both_losses_pull_equally_hard() -> None:
     discriminator, targets = build_discriminator(CONFIG), torch.rand(3, 1, 32, 32)
     images = torch.rand(3, 1, 32, 32).requires_grad_()
     (reconstruction,) = torch.autograd.grad((50 * (images - targets).square()).sum(), images)
-    (adversarial,) = torch.autograd.grad(generator_loss(discriminator(images)).sum(), images)
+    (adversarial,) = torch.autograd.grad(generator_loss(discriminator(images)[-1]).sum(), images)
     weights = adaptive_weight(reconstruction, adversarial)
     assert not weights.requires_grad
     for number in range(3):

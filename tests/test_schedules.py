@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from cxr_vae.config import ObjectiveConfig, OptimizerConfig
-from cxr_vae.schedules import kl_weight, learning_rate
+from cxr_vae.schedules import ema_share, kl_weight, learning_rate
 
 
 def test_constant_without_warmup() -> None:
@@ -34,3 +34,13 @@ def test_cosine_falls_from_the_full_value_to_zero() -> None:
     assert rates[100] == pytest.approx(0, abs=1e-12)
     assert rates[25] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert all(a > b for a, b in pairwise(rates))
+
+
+def test_an_average_follows_closely_at_first_and_then_with_its_decay() -> None:
+    shares = [ema_share(step, 0.99) for step in range(2000)]
+    assert shares[:3] == pytest.approx([1, 0.9, 9 / 11])
+    assert all(later <= earlier for earlier, later in pairwise(shares))
+    assert set(shares[891:]) == {1 - 0.99}
+    # What the first tenth of the steps still counts for at a time when a constant decay would forget hardly anything.
+    rest = math.prod(1 - share for share in shares[20:200])
+    assert rest < 1e-8 < 0.99**180

@@ -153,15 +153,15 @@ def test_outcomes_are_looked_at_in_time() -> None:
 def test_the_average_of_weights() -> None:
     config = load_config(None, ["image_size=32", "model.channels=[8, 16]", "latent_dim=4"])
     model = build_model(config)
-    ema, expected = Ema(model, 0.75), {}
-    for number in range(4):
+    ema, expected = Ema(model), {}
+    for share in (1.0, 0.25, torch.tensor(0.25), 0.5):
         with torch.no_grad():
             for tensor in model.state_dict().values():
-                tensor.add_(number + 1)
-        ema.update(model, first=number == 0)
+                tensor.add_(3)
+        ema.update(model, share)
         for name, tensor in model.state_dict().items():
             old = expected.get(name, tensor.double())
-            expected[name] = 0.75 * old + 0.25 * tensor.double()
+            expected[name] = (1 - share) * old + share * tensor.double()
     kept = {name: tensor.clone() for name, tensor in ema.module.state_dict().items()}
     for name, tensor in kept.items():
         if tensor.is_floating_point():

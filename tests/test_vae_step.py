@@ -59,11 +59,13 @@ def plain_gradients(step: VaeStep, batch: Batch) -> tuple[dict[str, Tensor], dic
         else:
             nll = -torch.distributions.Normal(fake, vae.log_scale.exp()).log_prob(image).sum()
         kl = -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum()
-        deceiving = -critic(fake).mean()
+        *features, verdict = critic(fake)
+        matching = [(a - b).abs().mean() for a, b in zip(critic(image)[:-1], features, strict=True)]
+        deceiving = -verdict.mean() + options.feature_matching_weight * sum(matching)
         pull, push = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (nll, deceiving))
         weight = float(pull.norm() / (push.norm() + SMALLEST_NORM))
         loss = nll + KL_WEIGHT * kl + options.adversarial_weight * weight * deceiving
-        hinges = F.relu(1 - critic(image)).mean() / 2 + F.relu(1 + critic(fake.detach())).mean() / 2
+        hinges = F.relu(1 - critic(image)[-1]).mean() / 2 + F.relu(1 + critic(fake.detach())[-1]).mean() / 2
         for parameters, of in ((of_vae, loss), (of_critic, hinges)):
             parts = torch.autograd.grad(of, list(parameters.values()), retain_graph=True)
             for name, part in zip(parameters, parts, strict=True):
@@ -84,10 +86,11 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     "options",
     [
         (),
+        ("feature_matching_weight=10",),
         ("likelihood=gaussian", "num_classes=2"),
         ("likelihood=gaussian", "num_classes=2", "model.name=residual", "latent_dim=null", "latent_channels=2"),
     ],
-    ids=["bernoulli", "gaussian told the class", "residual"],
+    ids=["bernoulli", "feature matching", "gaussian told the class", "residual"],
 )
 def test_gradients_are_those_of_the_equations(options: tuple[str, ...]) -> None:
     step, batch = new_step(*ADVERSARIAL, *options)
@@ -109,7 +112,7 @@ def test_the_loss_that_is_reported_is_the_elbo_and_the_hinge() -> None:
     critic = step.state.critic.model
     with torch.no_grad():
         fake = torch.sigmoid(step.state.model(images, batch[1]).logits)
-        hinges = F.relu(1 - critic(images)).mean((1, 2, 3)) / 2 + F.relu(1 + critic(fake)).mean((1, 2, 3)) / 2
+        hinges = F.relu(1 - critic(images)[-1]).mean((1, 2, 3)) / 2 + F.relu(1 + critic(fake)[-1]).mean((1, 2, 3)) / 2
     assert float(sums[2]) == pytest.approx(float(hinges.sum()), rel=1e-5)
 
 
@@ -154,7 +157,10 @@ def one_process(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return found, losses_of(folder, 1, shards, *OF_RANKS)
 
 
-OF_RANKS = ("adversarial_weight=0.7", "adversarial_channels=4", "num_classes=2", "likelihood=gaussian", "norm=group")
+OF_RANKS = (
+    *("adversarial_weight=0.7", "feature_matching_weight=10", "adversarial_channels=4"),
+    *("num_classes=2", "likelihood=gaussian", "norm=group"),
+)
 
 
 def losses_of(folder: Path, ranks: int, shards: Path, *options: str) -> list[float]:

@@ -28,7 +28,14 @@ class PatchDiscriminator(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 1, H, W) in [0, 1] → logits (B, 1, H/8 - 2, W/8 - 2), high where a patch looks real."""
-        logits: Tensor = self.layers(2 * images - 1)
-        return logits
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 1, H, W) in [0, 1] → what each convolution makes of them, the logits last.
+
+        Features (B, C, h, w) after the leaky ReLU; logits (B, 1, H/8 - 2, W/8 - 2), high where a patch looks real.
+        """
+        maps, features = [], 2 * images - 1
+        for layer in self.layers:
+            features = layer(features)
+            if isinstance(layer, nn.LeakyReLU):
+                maps.append(features)
+        return [*maps, features]
