@@ -2,10 +2,11 @@
 
     python -m benchmarks.quality RUN [RUN …] [--priors standard gmm] [--data FOLDER] [--out quality.json]
 
-Drives `cxr-vae evaluate` and `cxr-vae audit` in one process, at as many generated as test images, in the features of
-EfficientNet-Lite0 (benchmarks/lite0.py): no FID. The shards are those the runs were trained on, or --shards; with
---data, a folder of X-rays, they are made first where they are missing. Beside it, in the same features, as many samples
-against as many training images (--num-train). What is found out about real images is kept for the next run.
+Drives `cxr-vae prior` where a prior isn't fitted yet, `evaluate` and `audit` in one process, at as many generated as
+test images, in the features of EfficientNet-Lite0 (benchmarks/lite0.py): no FID. The shards are those the runs were
+trained on, or --shards; with --data, a folder of X-rays, they are made first where they are missing. Beside it, in the
+same features, as many samples against as many training images (--num-train). What is found out about real images is
+kept for the next run.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from cxr_vae.efficiency import flops_per_image
 from cxr_vae.evaluate import MAY_OVERRIDE, evaluate
 from cxr_vae.features import load_network
 from cxr_vae.files import read_json
+from cxr_vae.fit_prior import fit_prior
 from cxr_vae.image_sets import extract, real_images, usable_cache
 from cxr_vae.index import ShardDirectory
 from cxr_vae.metrics import called, frechet_distance
@@ -183,6 +185,7 @@ def main() -> None:
         ]
         for prior in arguments.priors or [None]:
             of_prior = [f"prior.name={prior}"] if prior else []
+            fit_prior(run, [*options[:2], *of_prior])
             rows.append(measure(run, [*options, *of_prior], arguments.num_train))
             arguments.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{table_of(rows)}\n\n{arguments.out}")

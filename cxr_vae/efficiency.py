@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cxr_vae.config import Config
-from cxr_vae.models import build_model
+from cxr_vae.models import PatchDiscriminator, build_discriminator, build_model
 from cxr_vae.precision import peak_flops
 from cxr_vae.stopwatch import Stopwatch
 
@@ -50,7 +51,10 @@ def in_a_line(figures: dict[str, Any]) -> str:
 
 
 def flops_per_image(config: Config) -> int:
-    """Floating-point operations of forward and backward passes, counted without computing anything."""
+    """Floating-point operations of forward and backward passes, counted without computing anything.
+
+    With an adversarial loss, of the steps in which the discriminator has its part.
+    """
     with torch.device("meta"):
         model, batch = build_model(config), 2
         images = torch.empty(batch, 1, config.data.image_size, config.data.image_size)
@@ -58,7 +62,19 @@ def flops_per_image(config: Config) -> int:
             labels = torch.zeros(batch, dtype=torch.long) if model.num_classes else None
             output = model(images, torch.empty(batch, *model.latent_shape), labels)
             sum(part.sum() for part in output).backward()
+            if config.objective.adversarial_weight:
+                _use_discriminator(build_discriminator(config), images, config.objective.feature_matching_weight > 0)
     return int(counter.get_total_flops()) // batch
+
+
+def _use_discriminator(discriminator: PatchDiscriminator, images: Tensor, matches_features: bool) -> None:
+    """What `VaeStep` does with it: through it to the reconstructions, and its own step on both kinds of images."""
+    discriminator.requires_grad_(False)
+    discriminator(images.clone().requires_grad_())[-1].sum().backward()
+    if matches_features:
+        discriminator(images)
+    discriminator.requires_grad_(True)
+    discriminator(torch.cat([images, images]))[-1].sum().backward()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -21,6 +21,18 @@ def test_operations_are_counted_as_by_hand() -> None:
     linear = 3 * 2 * 16 * 8 * 8 * 4
     up = [2 * 8 * 8 * 16 * 8 * 16, 2 * 16 * 16 * 8 * 1 * 16]
     assert flops_per_image(config) == 3 * (sum(down) + linear + sum(up)) - down[0]
+    options = [
+        "image_size=32",
+        "model.channels=[8, 16]",
+        "latent_dim=4",
+        "adversarial_weight=1",
+        "adversarial_channels=1",
+    ]
+    judge = [2 * 16 * side**2 * a * b for side, a, b in ((16, 1, 1), (8, 1, 2), (4, 2, 4), (3, 4, 8), (2, 8, 1))]
+    # There and back to the reconstruction; its own step, there and twice back, on two images without a gradient.
+    with_judge = flops_per_image(config) + 2 * sum(judge) + 6 * sum(judge) - 2 * judge[0]
+    assert flops_per_image(load_config(None, options)) == with_judge
+    assert flops_per_image(load_config(None, [*options, "feature_matching_weight=1"])) == with_judge + sum(judge)
     assert flops_per_image(load_config(None, ["image_size=224"])) == pytest.approx(5.055e9, rel=1e-3)
 
 
