@@ -33,7 +33,7 @@ def shaken(prior: Prior) -> Prior:
     for parameter in prior.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     prior.centre += 0.3
-    prior.scale *= torch.linspace(0.5, 2, len(prior.scale)).view_as(prior.scale)
+    prior.scale *= torch.linspace(0.5, 2, prior.scale.numel()).view_as(prior.scale)
     return prior
 
 
@@ -74,10 +74,9 @@ class TestEveryPrior:
         prior = build_prior(PriorConfig(name="standard"), shape, 2, 0)
         prior.prepare(mean, logvar, labels)
         draws = mean + (0.5 * logvar).exp() * normal(1, "posterior", 0, len(mean), shape)
-        dims = [0, *range(2, draws.dim())]
         inside = prior.standardise(draws)
-        torch.testing.assert_close(inside.mean(dims), torch.zeros(shape[0]), atol=0.06, rtol=0)
-        torch.testing.assert_close(inside.std(dims), torch.ones(shape[0]), atol=0.04, rtol=0)
+        torch.testing.assert_close(inside.mean(0), torch.zeros(shape), atol=0.08, rtol=0)
+        torch.testing.assert_close(inside.std(0), torch.ones(shape), atol=0.05, rtol=0)
         torch.testing.assert_close(prior.restore(inside), draws)
         torch.testing.assert_close(prior.class_shares, torch.tensor([2 / 3, 1 / 3]), atol=1e-3, rtol=0)
 
@@ -296,7 +295,7 @@ class TestFlowMatching:
             torch.testing.assert_close(torch.cov(found), torch.cov(expected), atol=0.2, rtol=0)
 
     def test_a_new_network_gives_zero_and_all_of_it_learns(self) -> None:
-        network = UNet(4, 3, [32, 64], 2)
+        network = UNet((4, 8, 8), 3, [32, 64], 2)
         latents, times, classes = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
         assert not network(latents, times, classes).any()
         generator = torch.Generator().manual_seed(0)

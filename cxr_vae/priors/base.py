@@ -14,7 +14,7 @@ class Prior(nn.Module, ABC):
     """A distribution over the latents of a trained network, of each class where `num_classes` isn't 0.
 
     Latents are the network's own outside and standardised inside: mean 0 and variance 1 over the training split, of
-    each channel of spatial latents (C, H, W), of each dimension of vectors (D,).
+    each dimension of vectors (D,), and of spatial latents (C, H, W) in each place too, since chests lie alike.
     """
 
     centre: Tensor
@@ -27,9 +27,8 @@ class Prior(nn.Module, ABC):
         super().__init__()
         self.latent_shape, self.num_classes = latent_shape, num_classes
         self.num_steps, self.guidance = config.num_steps, config.guidance
-        statistics = (latent_shape[0], *[1] * (len(latent_shape) - 1))
-        self.register_buffer("centre", torch.zeros(statistics))
-        self.register_buffer("scale", torch.ones(statistics))
+        self.register_buffer("centre", torch.zeros(latent_shape))
+        self.register_buffer("scale", torch.ones(latent_shape))
         self.register_buffer("class_shares", torch.full((num_classes,), 1 / max(1, num_classes)))
 
     @torch.no_grad()
@@ -39,12 +38,9 @@ class Prior(nn.Module, ABC):
         `mean`, `logvar` (N, *latent_shape), `labels` (N,) int64. The variance is that of the aggregate posterior: of
         the means plus the mean of the posterior variances.
         """
-        dims = [0, *range(2, mean.dim())]
-        flat = mean.double()
-        centre = flat.mean(dims, keepdim=True)
-        variance = (flat - centre).square().mean(dims, keepdim=True) + logvar.double().exp().mean(dims, keepdim=True)
-        self.centre.copy_(centre[0])
-        self.scale.copy_(variance[0].sqrt().clamp(min=1e-6))
+        variance = mean.double().var(0, correction=0) + logvar.double().exp().mean(0)
+        self.centre.copy_(mean.double().mean(0))
+        self.scale.copy_(variance.sqrt().clamp(min=1e-6))
         if self.num_classes:
             counts = torch.bincount(labels, minlength=self.num_classes).double()
             self.class_shares.copy_(counts / counts.sum())
@@ -59,7 +55,7 @@ class Prior(nn.Module, ABC):
 
     def log_scale(self) -> Tensor:
         """() Log-determinant of `restore`: what a log-density of standardised latents loses."""
-        return self.scale.log().sum() * (math.prod(self.latent_shape) / self.scale.numel())
+        return self.scale.log().sum()
 
     def draw_labels(self, uniform: Tensor) -> Tensor:
         """Uniform numbers (n,) → classes (n,) int64, as frequent as in the training split."""

@@ -37,7 +37,7 @@ class FlowMatchingPrior(Prior):
             )
         super().__init__(config, latent_shape, num_classes)
         self.times, self.label_dropout = config.times, config.label_dropout if num_classes else 0.0
-        self.network = UNet(latent_shape[0], num_classes + 1, config.channels, config.num_blocks)
+        self.network = UNet(latent_shape, num_classes + 1, config.channels, config.num_blocks)
 
     def loss(self, latents: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None) -> Tensor:
         """See Prior.loss: the squared error of the velocity, mean over the latent's dimensions.

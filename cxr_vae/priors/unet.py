@@ -20,16 +20,21 @@ class UNet(nn.Module):
     """Spatial latents (B, C, H, W), times (B,) in [0, 1] and classes (B,) int64 → velocities (B, C, H, W).
 
     `channels` holds the width of each resolution, each half the side of the one before, so sides must be divisible by
-    2^(len(channels) - 1). `num_classes` counts the one that stands for "not told". At first the output is zero.
+    2^(len(channels) - 1). `num_classes` counts the one that stands for "not told". Each place has an embedding of its
+    own, added to what enters, since chests lie alike. At first the output is zero.
     """
 
-    def __init__(self, num_latents: int, num_classes: int, channels: Sequence[int], num_blocks: int) -> None:
+    def __init__(
+        self, latent_shape: tuple[int, ...], num_classes: int, channels: Sequence[int], num_blocks: int
+    ) -> None:
         super().__init__()
         width = 4 * channels[0]
         self.num_frequencies = channels[0]
         self.embed_time = nn.Sequential(nn.Linear(2 * channels[0], width), nn.SiLU(), nn.Linear(width, width))
         self.embed_class = nn.Embedding(num_classes, width)
+        num_latents, *sides = latent_shape
         self.enter = nn.Conv2d(num_latents, channels[0], 3, padding=1)
+        self.places = nn.Parameter(torch.zeros(channels[0], *sides))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, current = [channels[0]], channels[0]
         for level, wide in enumerate(channels):
@@ -56,7 +61,7 @@ class UNet(nn.Module):
         """See the class."""
         embedding = self.embed_time(sinusoids(times, self.num_frequencies)) + self.embed_class(classes)
         condition = F.silu(embedding)
-        features = self.enter(latents)
+        features = self.enter(latents) + self.places
         skips = [features]
         for layer in self.down:
             features = layer(features, condition)
