@@ -26,10 +26,11 @@ from cxr_vae.dataset import open_split
 from cxr_vae.distributed import world
 from cxr_vae.efficiency import flops_per_image
 from cxr_vae.evaluate import MAY_OVERRIDE, evaluate
+from cxr_vae.export import load_vae
 from cxr_vae.features import load_network
-from cxr_vae.files import read_json
+from cxr_vae.files import read_json, sha256_of
 from cxr_vae.fit_prior import fit_prior
-from cxr_vae.image_sets import extract, real_images, usable_cache
+from cxr_vae.image_sets import extract, real_images, reconstructions, usable_cache
 from cxr_vae.index import ShardDirectory
 from cxr_vae.metrics import called, frechet_distance
 from cxr_vae.noise import BLOCK
@@ -52,6 +53,7 @@ COLUMNS = {
     "reconstructions": "reconstructions",
     "samples": "samples",
     "ratio": "samples ÷ reconstructions",
+    "reconstructed_train": "reconstructed train",
     "floor": "real train (floor)",
     "samples_to_train": "samples to train",
     "psnr_db": "PSNR, dB",
@@ -89,6 +91,7 @@ def measure(run: RunDir, options: Sequence[str], num_train: int) -> dict[str, An
         "samples_interval_95": figures["interval_95"],
         "ratio": samples / reconstructions,
         "floor": figures["floor"],
+        "reconstructed_train": distance_of_reconstructed_training_images(run, config),
         "samples_to_train": distance_to_training(run, config, num_train),
         "num_train": num_train,
         **{name: again[name]["value"] for name in ("psnr_db", "ssim")},
@@ -132,6 +135,20 @@ def distance_to_training(run: RunDir, config: Config, num: int) -> float:
         real = extract(real_images(index, num, of_all, None, usable_cache(run)), network, here)
     assert real is not None
     return frechet_distance(torch.cat(parts).numpy(), real["pooled"].numpy())
+
+
+def distance_of_reconstructed_training_images(run: RunDir, config: Config) -> float:
+    """To the test images, as many as samples are: about what a prior that fits perfectly would get."""
+    with world(config.device) as here:
+        network = load_network(config.evaluate.features, here.device, config.evaluate.features_weights)
+        model, _ = load_vae(run.weights, here.device)
+        train, test = (open_split(config.data, name) for name in (config.data.train_split, config.evaluate.real_split))
+        num, weights_sha256 = config.evaluate.num_generated, sha256_of(run.weights)
+        again = extract(reconstructions(train, num, run, model, config, weights_sha256, here.device), network, here)
+        real = extract(real_images(test, config.evaluate.num_real, config, None, usable_cache(run)), network, here)
+    assert again is not None
+    assert real is not None
+    return frechet_distance(again["pooled"].numpy(), real["pooled"].numpy())
 
 
 def lowest_p(record: dict[str, Any]) -> float:

@@ -17,6 +17,8 @@ from benchmarks.lite0 import lite0, resized
 from cxr_vae.audit_samples import from_folder
 from cxr_vae.dataset import XrayDataset
 from cxr_vae.errors import UserError
+from cxr_vae.export import load_vae
+from cxr_vae.image_sets import rows_of
 from cxr_vae.index import ShardDirectory
 from cxr_vae.metrics import frechet_distance
 
@@ -70,9 +72,9 @@ def test_a_row_holds_what_was_measured(
     run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
     options = ["--num", "18", "--num-train", "70", "--features", "tests.test_quality:coarse", "--device", "cpu"]
     where = ["--data", str(source), "--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "quality.json")]
-    monkeypatch.setattr(sys, "argv", ["quality", str(run), *options, *where])
+    monkeypatch.setattr(sys, "argv", ["quality", str(run), "--priors", "standard", "gmm", *options, *where])
     quality.main()
-    [row] = json.loads((tmp_path / "quality.json").read_text())
+    row, fitted = json.loads((tmp_path / "quality.json").read_text())
     shown = capsys.readouterr().out
     assert "18 images against 18 of test, 70 against train" in shown
     assert all(title in shown for title in quality.COLUMNS.values())
@@ -80,6 +82,8 @@ def test_a_row_holds_what_was_measured(
     assert row["ratio"] == pytest.approx(row["samples"] / row["reconstructions"])
     assert row["negative_elbo_nats"] == pytest.approx(row["reconstruction_nats"] + row["kl_nats"])
     assert row["wall_s"] > 0
+    assert (row["prior"], fitted["prior"]) == ("standard normal", "gmm")
+    assert (run / "priors" / "gmm.safetensors").is_file()
     assert row["active_units"].endswith(" of 4")
     assert 0 < row["lowest_p"] <= 1
 
@@ -87,7 +91,15 @@ def test_a_row_holds_what_was_measured(
     for name in ("generated", "real"):  # from the PNGs, as another program would
         samples = from_folder(run / "evaluation" / name, 32)
         features[name] = Coarse()(samples.fetch(0, len(samples.names))).numpy()
-    assert row["samples"] == pytest.approx(frechet_distance(features["generated"], features["real"]), rel=1e-6)
+    assert fitted["samples"] == pytest.approx(frechet_distance(features["generated"], features["real"]), rel=1e-6)
+
+    model, config = load_vae(run / "vae_final.safetensors")
+    rows = rows_of(index := ShardDirectory.open(tmp_path / "shards").split("train"), 18, config)
+    images = XrayDataset(index, in_memory=False, workers=1).images(rows)
+    with torch.inference_mode():
+        again = (model.image(model.encode(images / 255)[0]) * 255).round().byte()
+    expected = frechet_distance(Coarse()(again).numpy(), features["real"])
+    assert row["reconstructed_train"] == fitted["reconstructed_train"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_area_is_mann_whitney_s_and_its_interval_the_bootstrap_s() -> None:
