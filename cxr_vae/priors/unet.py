@@ -1,8 +1,8 @@
 """The velocity network of `flow_matching`: a small U-Net (Ronneberger et al. 2015; Dhariwal and Nichol 2021).
 
 Residual blocks of group norm and SiLU, which time and class scale and shift (FiLM, Perez et al. 2018), and
-self-attention at every resolution but the finest. Everything is a fixed sequence of operations on the device: it can
-be compiled and captured in a CUDA graph.
+self-attention where maps are 16 places a side or smaller, as in DDPM (Ho et al. 2020, appendix B). Everything is a
+fixed sequence of operations on the device: it can be compiled and captured in a CUDA graph.
 """
 
 import math
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 HEAD_WIDTH = 64
 """Channels of an attention head, where they divide the width."""
+LARGEST_ATTENDED = 16
+"""Places a side of the largest map with self-attention, whose cost grows with the square of the places."""
 
 
 class UNet(nn.Module):
@@ -36,20 +38,21 @@ class UNet(nn.Module):
         self.enter = nn.Conv2d(num_latents, channels[0], 3, padding=1)
         self.places = nn.Parameter(torch.zeros(channels[0], *sides))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        attend = [max(sides) >> level <= LARGEST_ATTENDED for level in range(len(channels))]
         skips, current = [channels[0]], channels[0]
         for level, wide in enumerate(channels):
             if level:
                 self.down.append(Down(current))
                 skips.append(current)
             for _ in range(num_blocks):
-                self.down.append(Block(current, wide, width, attend=level > 0))
+                self.down.append(Block(current, wide, width, attend=attend[level]))
                 skips.append(current := wide)
         self.middle = nn.ModuleList(
             [Block(current, current, width, attend=True), Block(current, current, width, attend=False)]
         )
         for level, wide in reversed(list(enumerate(channels))):
             for _ in range(num_blocks + 1):
-                self.up.append(Block(current + skips.pop(), wide, width, attend=level > 0))
+                self.up.append(Block(current + skips.pop(), wide, width, attend=attend[level]))
                 current = wide
             if level:
                 self.up.append(Up(current))
