@@ -12,7 +12,6 @@ from cxr_vae.errors import UserError
 MAY_CHANGE: JsonDict = {"may_change": True}
 """Marks what a resumed run may have changed: it does not enter the result, or only as the user then wants."""
 
-
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as text; ~ is the home directory."""
 
@@ -41,11 +40,7 @@ class DataConfig(Section):
     fit: Literal["stretch", "letterbox", "crop"] = Field("stretch", description="how other aspect ratios become square")
     format: Literal["png", "jpg", "raw"] = Field("png", description="how shards store images; png and raw are lossless")
     max_rejected: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="share of unreadable images the shard stage tolerates",
-        json_schema_extra=MAY_CHANGE,
+        0.01, ge=0, le=1, description="share of unreadable images that sharding tolerates", json_schema_extra=MAY_CHANGE
     )
     loading: Literal["auto", "gpu", "memory", "shards"] = Field(
         "auto",

@@ -27,6 +27,7 @@ SLOW_FILES = (
     "slurm",
     "train",
     "recipe",
+    "extending",
     "faults",
     "sbatch",
     "launch",

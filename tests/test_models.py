@@ -23,14 +23,14 @@ def test_the_reference_model_is_the_reference() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("image_size", [32, 96, 160])
 def test_shapes_for_any_size_the_architecture_allows(name: str, image_size: int) -> None:
-    own = {"conv": ["latent_dim=3"], "residual": ["model.channels=[4, 8, 8]", "latent_channels=3"]}[name]
+    own = {"residual": ["model.channels=[4, 8, 8]", "latent_channels=3"]}.get(name, ["latent_dim=3"])
     config = load_config(None, [f"model.name={name}", f"image_size={image_size}", *own])
     model = build_model(config).eval()
     images, noise = torch.rand(2, 1, image_size, image_size), torch.randn(2, *model.latent_shape)
     output = model(images, noise)
     assert output.logits.shape == images.shape
     assert output.log_scale.shape == ()
-    latent = (3,) if name == "conv" else (3, image_size // 4, image_size // 4)
+    latent = (3, image_size // 4, image_size // 4) if name == "residual" else (3,)
     assert output.mean.shape == output.logvar.shape == (2, *latent)
     mean_images = model.image(output.mean)
     assert mean_images.shape == images.shape
@@ -136,7 +136,7 @@ def test_every_parameter_gets_a_gradient(name: str, likelihood: str) -> None:
         assert parameter.grad is not None, parameter_name
         if "before.2.bias" not in parameter_name:  # of which a norm may leave nothing
             assert parameter.grad.abs().sum() > 0, parameter_name
-    learned = likelihood in ("gaussian", "discretized_logistic")
+    learned = LIKELIHOODS[likelihood].start_log_scale is not None
     assert ("log_scale" in model.state_dict()) == learned
     assert bool(output.log_scale) == learned
 

@@ -10,9 +10,7 @@ from cxr_vae.config import ObjectiveConfig
 from cxr_vae.image_terms import SCALE_EXPONENTS, laplacian_distance, ms_ssim_distance, num_scales
 from cxr_vae.likelihoods import LIKELIHOODS
 from cxr_vae.losses import Output, kl_per_unit, kl_with_free_bits, negative_elbo
-from cxr_vae.objective import objective
-
-TERMS = {"laplacian_weight": laplacian_distance, "ms_ssim_weight": ms_ssim_distance}
+from cxr_vae.objective import IMAGE_TERMS, objective
 
 
 def pair(side: int, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +74,7 @@ def test_the_laplacian_pyramid_is_burt_and_adelsons(side: int) -> None:
         assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("term", IMAGE_TERMS.values(), ids=IMAGE_TERMS)
 def test_terms_are_zero_for_equal_images_and_of_each_image_alone(term) -> None:
     images, noisy = pair(48)
     assert term(images, images).tolist() == pytest.approx([0, 0, 0], abs=2e-3)
@@ -111,13 +109,18 @@ def test_free_bits_are_free_and_a_matter_of_each_image(latent: tuple[int, ...]) 
     assert not near.grad.any()
 
 
+def test_each_option_weighs_the_term_it_names() -> None:
+    assert IMAGE_TERMS["laplacian_weight"] is laplacian_distance
+    assert IMAGE_TERMS["ms_ssim_weight"] is ms_ssim_distance
+
+
 def test_what_is_reported_is_the_elbo_whatever_is_minimised() -> None:
     out, images = output(4)
     plain = negative_elbo(out, images, "gaussian")
     for options in (
         {},
         {"free_bits": 0.5},
-        {"laplacian_weight": 2.0},
+        *({name: 2.0} for name in IMAGE_TERMS),
         {"ms_ssim_weight": 0.5, "laplacian_weight": 1.0},
     ):
         config = ObjectiveConfig(likelihood="gaussian", **options)
@@ -125,7 +128,7 @@ def test_what_is_reported_is_the_elbo_whatever_is_minimised() -> None:
         assert all(torch.equal(one, other) for one, other in zip(losses, plain, strict=True))
         kl = kl_with_free_bits(out.mean, out.logvar, config.free_bits)
         mean = LIKELIHOODS["gaussian"].image(out.logits)
-        extra = sum(getattr(config, name) * term(mean, images) for name, term in TERMS.items())
+        extra = sum(getattr(config, name) * term(mean, images) for name, term in IMAGE_TERMS.items())
         torch.testing.assert_close(minimised, plain.reconstruction + 0.25 * kl + extra)
     assert torch.equal(
         objective(out, images, ObjectiveConfig(), 0.25)[1], negative_elbo(out, images, "bernoulli").total(0.25)

@@ -9,7 +9,7 @@ from torch import Tensor
 from cxr_vae.config import PriorConfig
 from cxr_vae.errors import UserError
 from cxr_vae.noise import normal, uniform
-from cxr_vae.priors import Prior, build_prior
+from cxr_vae.priors import PRIORS, Prior, build_prior
 from cxr_vae.priors.base import choose
 from cxr_vae.priors.files import Request, is_saved, load_prior, save_prior
 from cxr_vae.priors.flow import FlowPrior
@@ -50,7 +50,7 @@ def posteriors(shape: tuple[int, ...], num: int = 200) -> tuple[Tensor, Tensor, 
 class TestEveryPrior:
     """What the samplers rely on."""
 
-    @pytest.mark.parametrize("name", ["standard", "gmm", "flow", "flow_matching"])
+    @pytest.mark.parametrize("name", PRIORS)
     @pytest.mark.parametrize("num_classes", [0, 2])
     def test_a_sample_is_a_function_of_its_noise(self, name: str, num_classes: int) -> None:
         prior = built(name, num_classes=num_classes)
@@ -333,7 +333,7 @@ class TestFiles:
         facts = {"weights_sha256": "a" * 64, "index_sha256": "b" * 64, "seed": 3} | changes
         return Request(options, SPATIAL if name == "flow_matching" else VECTOR, ("A", "B"), **facts)
 
-    @pytest.mark.parametrize("name", ["standard", "gmm", "flow", "flow_matching"])
+    @pytest.mark.parametrize("name", PRIORS)
     def test_a_saved_prior_gives_the_same_latents(self, name: str, tmp_path) -> None:
         prior, request = built(name), self.request(name)
         if isinstance(prior, MixturePrior):
