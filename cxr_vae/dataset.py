@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from cxr_vae.config import DataConfig
+from cxr_vae.config import Config, DataConfig
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.index import ShardDirectory, SplitIndex
@@ -167,6 +167,15 @@ def open_split(config: DataConfig, split: str) -> SplitIndex:
             "another folder with --split-file, or leave data.split_file out"
         )
     return index
+
+
+def check_classes(config: Config, index: SplitIndex) -> None:
+    """Raises UserError where the decoder is told of another number of classes than there are."""
+    if config.model.num_classes not in (0, len(index.classes)):
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}: {config.data.shards} has {len(index.classes)} classes "
+            f"({', '.join(index.classes)}); train with that number, or with 0 for a decoder that isn't told"
+        )
 
 
 def open_dataset(config: DataConfig, index: SplitIndex, here: World) -> XrayDataset:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cxr_vae.config import Config
 from cxr_vae.config_file import override_config
-from cxr_vae.dataset import open_split
+from cxr_vae.dataset import check_classes, open_split
 from cxr_vae.distributed import world
 from cxr_vae.errors import UserError
 from cxr_vae.export import load_vae
@@ -43,6 +43,7 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
     with world(config.device) as here:
         model, _ = load_vae(run.weights, here.device)
         real_index, floor_index = open_splits(config)
+        check_classes(config, real_index)
         num_real = min(config.evaluate.num_real, len(real_index))
         num_floor = min(config.evaluate.num_generated, len(floor_index))
         check_counts(num_real, num_floor, config.evaluate)

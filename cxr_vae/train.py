@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from cxr_vae.compilation import share_compiled
 from cxr_vae.config import Config
-from cxr_vae.dataset import XrayDataset, open_dataset, open_split
+from cxr_vae.dataset import XrayDataset, check_classes, open_dataset, open_split
 from cxr_vae.distributed import World, world
 from cxr_vae.efficiency import flops_per_image
-from cxr_vae.errors import UserError
 from cxr_vae.export import hyperparameters, save_vae, set_aside
 from cxr_vae.files import write_json
-from cxr_vae.index import SplitIndex
 from cxr_vae.loop import Loop
 from cxr_vae.losses import Losses
 from cxr_vae.models import VAE, build_model
@@ -123,12 +121,3 @@ class Training(Loop):
     def flops_per_image(self) -> int:
         """See Loop.flops_per_image."""
         return flops_per_image(self.config)
-
-
-def check_classes(config: Config, index: SplitIndex) -> None:
-    """Raises UserError where the decoder is told of another number of classes than there are."""
-    if config.model.num_classes not in (0, len(index.classes)):
-        raise UserError(
-            f"model.num_classes={config.model.num_classes}: {config.data.shards} has {len(index.classes)} classes "
-            f"({', '.join(index.classes)}); use that number, or 0 for a decoder that isn't told"
-        )

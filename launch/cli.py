@@ -108,13 +108,13 @@ def _add_status(commands: Any) -> None:
         "has failed.",
         "cxr-launch status runs",
     )
-    parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN", help="or a folder of runs")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="or a folder of runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def status(arguments: argparse.Namespace) -> int:
     """`cxr-launch status`."""
-    found = statuses(runs_below(arguments.runs))
+    found = statuses(runs_below(arguments.runs or [Path("runs")]))
     print(json.dumps(as_json(found), indent=2) if arguments.json else table(found))
     return 1 if any(one.state in ("failed", "vanished") for one in found) else 0
 

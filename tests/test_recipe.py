@@ -184,7 +184,7 @@ class TestPriors:
         assert torch.equal(sampler.draw(64, 70, HERE.device), images[:6])
         assert images.float().std() > 0
 
-    def test_mistakes(self, recipe: Path, trained: Path, shards: Path, tmp_path: Path) -> None:
+    def test_mistakes(self, recipe: Path, trained: Path, shards: Path, source: Path, tmp_path: Path) -> None:
         check_sentence(cxr_vae("prior", recipe, "name=flow"), "is for latent vectors", "use prior.name=flow_matching")
         check_sentence(cxr_vae("prior", recipe, "name=gmm"), "is for latent vectors", "use prior.name=flow_matching")
         check_sentence(cxr_vae("prior", trained, "name=flow_matching"), "is for spatial latents", "gmm or flow")
@@ -194,6 +194,16 @@ class TestPriors:
         refused = cxr_vae(*options, "precision=fp16", "device=auto")
         check_sentence(refused, "train.precision=fp16 should be bf16 or fp32 with objective.adversarial_weight")
         assert not (tmp_path / "run").exists()
+
+        shutil.copytree(source, tmp_path / "source")
+        for split in (tmp_path / "source").iterdir():
+            shutil.copytree(split / "NORMAL", split / "THIRD")
+        three = tmp_path / "three"
+        assert cxr_vae("shard", tmp_path / "source", three, "--image-size", 32).returncode == 0
+        refused = cxr_vae(
+            "evaluate", recipe, f"data.shards={three}", "features=random", "num_real=8", "num_generated=8"
+        )
+        check_sentence(refused, "model.num_classes=2", "has 3 classes (NORMAL, PNEUMONIA, THIRD)")
 
 
 def trainings(run: Path, name: str) -> list[Path]:
