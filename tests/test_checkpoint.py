@@ -17,6 +17,7 @@ from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.manifest import name_of, published
 from cxr_vae.parts import read_tensors
+from cxr_vae.schedules import ema_share
 from cxr_vae.state import TrainState
 from tests.helpers import TINY
 from tests.ranks import on_ranks
@@ -53,14 +54,14 @@ def advance(state: TrainState, steps: int = 1) -> TrainState:
         (output.logits.square().mean() + output.mean.square().mean() + output.logvar.square().mean()).backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.add(torch.tensor([1.5, 0.25], dtype=torch.float64), 4, torch.tensor(True))
+        state.add(torch.tensor([1.5, 0.25], dtype=torch.float64), 4, torch.tensor(True), ema_share(state.step, 0.9))
         state.count(4)
     return state
 
 
 def skip(state: TrainState) -> None:
     """A step that changes nothing."""
-    state.add(torch.full((2,), torch.nan, dtype=torch.float64), 4, torch.tensor(False))
+    state.add(torch.full((2,), torch.nan, dtype=torch.float64), 4, torch.tensor(False), ema_share(state.step, 0.9))
     state.count(4)
     state.num_skipped += 1
 
