@@ -192,9 +192,9 @@ def main() -> None:
         data = run.saved_config().data
         shards = arguments.shards or Path(data.shards)
         shards_of(arguments.data, shards, Preprocessing(data.image_size, data.fit, data.format))
+        where = [f"data.shards={shards}", f"device={arguments.device}"]
         options = [
-            f"data.shards={shards}",
-            f"device={arguments.device}",
+            *where,
             f"evaluate.features={arguments.features}",
             *(f"evaluate.{name}={arguments.num}" for name in ("num_generated", "num_real")),
             *("evaluate.real_split=test", "evaluate.floor_split=train", "evaluate.is_splits=1"),
@@ -202,7 +202,7 @@ def main() -> None:
         ]
         for prior in arguments.priors or [None]:
             of_prior = [f"prior.name={prior}"] if prior else []
-            fit_prior(run, [*options[:2], *of_prior])
+            fit_prior(run, [*where, *of_prior])
             rows.append(measure(run, [*options, *of_prior], arguments.num_train))
             arguments.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{table_of(rows)}\n\n{arguments.out}")

@@ -67,6 +67,7 @@ def textbook(tars: Path) -> Iterable[torch.Tensor]:
 
 def loading(source: Path, work: Path) -> list[Row]:
     """CPU time an image, one thread."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     some = originals(source, work / "some", 384, 64)
     shards = {
@@ -94,7 +95,7 @@ def loading(source: Path, work: Path) -> list[Row]:
             **{format: (lambda dataset=dataset: ours(dataset, NUM)) for format, dataset in read.items()},  # type: ignore[misc]
         }
     )
-    torch.set_num_threads(torch.get_num_threads())
+    torch.set_num_threads(num_threads)
 
     def row(what: str, name: str, against: str = "plain", target: str = "") -> Row:
         spent = sorted(found[name])[len(found[name]) // 2]

@@ -15,7 +15,7 @@ from cxr_vae.audit_rows import Rows, choose_rows, held_out_split
 from cxr_vae.audit_samples import Samples, choose_samples
 from cxr_vae.audit_search import Found, for_share, search_all
 from cxr_vae.config import Config
-from cxr_vae.config_file import override_config
+from cxr_vae.config_file import PRIOR_OPTIONS, override_config
 from cxr_vae.console import Progress
 from cxr_vae.dataset import open_split
 from cxr_vae.distributed import World, world
@@ -37,7 +37,6 @@ from cxr_vae.memorisation import (
 from cxr_vae.neighbours import Neighbours, merge
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
-from cxr_vae.sampler import PRIOR_OPTIONS
 
 MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
 NUM_LISTED = 24

@@ -53,6 +53,13 @@ for _class in (_Core, _CoreDumper):
 _Core.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+SAMPLING = ("num_steps", "guidance")
+"""Of the prior's options, what is settled when images are drawn, not when it is fitted."""
+
+PRIOR_OPTIONS = ("prior.name", *(f"prior.{name}" for name in SAMPLING))
+"""What is drawn from, and how: later stages of a run may set these."""
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Defaults ← the YAML file at `path` ← overrides such as `train.epochs=2`.
 
@@ -71,7 +78,7 @@ def override_config(config: Config, overrides: Sequence[str], allowed: Sequence[
     """`config` with overrides of the keys or sections in `allowed` only: what a later stage of a run may still set."""
     for override in overrides:
         key, _ = _parse(override, allowed)
-        if key not in allowed and key.partition(".")[0] not in allowed:
+        if not _is_among(key, allowed):
             raise UserError(
                 f"option {override}: {key} was settled by the training run; here {', '.join(allowed)} can be set"
             )
@@ -161,11 +168,7 @@ def _full_key(key: str, allowed: Sequence[str] = ()) -> str:
     """
     if key in OPTIONS:
         return key
-    ends = _that_end_in(key)
-    if allowed:
-        all_of_them = [option for option in OPTIONS if option.endswith("." + key)]
-        may = [option for option in all_of_them if option in allowed or option.partition(".")[0] in allowed]
-        ends = may or ends
+    ends = [option for option in _that_end_in(key, all_of_them=True) if _is_among(option, allowed)] or _that_end_in(key)
     if len(ends) == 1:
         return ends[0]
     if ends:
@@ -173,10 +176,15 @@ def _full_key(key: str, allowed: Sequence[str] = ()) -> str:
     raise UserError(_unknown(key))
 
 
-def _that_end_in(name: str) -> list[str]:
+def _that_end_in(name: str, *, all_of_them: bool = False) -> list[str]:
     """The options whose last part is `name`; those of the prior, which has its own command, only where no other is."""
     ends = [option for option in OPTIONS if option.endswith("." + name)]
-    return [option for option in ends if not option.startswith("prior.")] or ends
+    return ends if all_of_them else [option for option in ends if not option.startswith("prior.")] or ends
+
+
+def _is_among(key: str, allowed: Sequence[str]) -> bool:
+    """Whether it is one of these keys, or in one of these sections."""
+    return key in allowed or key.partition(".")[0] in allowed
 
 
 def _unknown(key: str) -> str:

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A copy of `model` whose weights follow the model's: w ← (1 - share) · w + share · model's, at each update."""
+    """A copy of `model` whose weights follow the model's: w ← (1 - share) · w + share · model's, at each update.
+
+    torch's AveragedModel asks its counter at each update whether it is the first, for which a GPU would be waited for.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.module = deepcopy(model).requires_grad_(False)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cxr_vae.config import Config
-from cxr_vae.config_file import override_config
+from cxr_vae.config_file import PRIOR_OPTIONS, override_config
 from cxr_vae.dataset import check_classes, open_split
 from cxr_vae.distributed import world
 from cxr_vae.errors import UserError
@@ -27,7 +27,6 @@ from cxr_vae.latent_pictures import save_latent_pictures
 from cxr_vae.likelihood import likelihood_figures, unit_facts
 from cxr_vae.metrics import Figure, called, check_counts, compare, inception_score, mean_figure
 from cxr_vae.run_dir import RunDir
-from cxr_vae.sampler import PRIOR_OPTIONS
 
 MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
 

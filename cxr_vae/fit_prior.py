@@ -52,10 +52,10 @@ def check_prior(config: Config) -> None:
     with torch.device("meta"):
         model = build_model(config)
         build_prior(config.prior, model.latent_shape, model.num_classes, config.seed)
-    check_classes(model, config)
+    check_class_conditional(model, config)
 
 
-def check_classes(model: VAE, config: Config) -> None:
+def check_class_conditional(model: VAE, config: Config) -> None:
     """UserError where the prior is to know no classes and the decoder does."""
     if model.num_classes and not config.prior.class_conditional:
         raise UserError("prior.class_conditional=false: this model's decoder is told the class, so leave it true")
@@ -77,7 +77,7 @@ def _fit_prior(run: RunDir, config: Config, here: World, stop: StopSignal) -> bo
         return True
     latents = latents_of(model, index, config, here)
     if prior.trained_by_gradient:
-        return fit_by_gradient(prior, model, latents, request, config, run, here, stop)
+        return fit_by_gradient(prior, model, index, latents, request, config, run, here, stop)
     if here.is_main:
         words = fit_in_closed_form(prior, latents, request)
         save_prior(path, prior, request, num_images=len(index))
@@ -93,7 +93,7 @@ def latents_of(model: VAE, index: SplitIndex, config: Config, here: World) -> La
 
 def request_of(run: RunDir, config: Config, model: VAE, index: SplitIndex) -> Request:
     """What is asked for. A decoder that is told the class needs a prior that knows classes."""
-    check_classes(model, config)
+    check_class_conditional(model, config)
     conditional = config.prior.class_conditional and (model.num_classes > 0 or config.prior.name != "standard")
     return Request(
         prior=config.prior,
@@ -118,6 +118,7 @@ def fit_in_closed_form(prior: Prior, latents: Latents, request: Request) -> str:
 def fit_by_gradient(
     prior: Prior,
     model: VAE,
+    train_index: SplitIndex,
     latents: Latents,
     request: Request,
     config: Config,
@@ -129,7 +130,6 @@ def fit_by_gradient(
     prior.prepare(*latents)
     test_index = open_split(config.data, config.data.test_split)
     of_test = latents_of(model, test_index, config, here)
-    train_index = open_split(config.data, config.data.train_split)
     sets = LatentSet(train_index, *latents, here.device), LatentSet(test_index, *of_test, here.device)
     folder = run.prior_training(config.prior.name, request.digest(config.train.precision, config.train.compile))
     training = training_config(config, folder)

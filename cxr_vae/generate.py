@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cxr_vae.config_file import override_config
+from cxr_vae.config_file import PRIOR_OPTIONS, override_config
 from cxr_vae.console import Progress
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
@@ -18,7 +18,7 @@ from cxr_vae.files import read_json, write_json
 from cxr_vae.noise import BLOCK
 from cxr_vae.pictures import save_png
 from cxr_vae.run_dir import RunDir
-from cxr_vae.sampler import PRIOR_OPTIONS, open_sampler
+from cxr_vae.sampler import open_sampler
 
 MARKER = "images.json"
 """Says what the PNGs beside it were made from."""

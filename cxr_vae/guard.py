@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
     """What became of a step; tensors on the device it ran on."""
 
     sums: Tensor
-    """(2,) float64: reconstruction and KL in nats, summed over the images of all ranks."""
+    """(2,) float64: reconstruction and KL in nats, summed over all ranks' images; (3,) with a discriminator's loss."""
     gradient_norm: Tensor
     """() of the gradient over all ranks."""
     finite: Tensor

@@ -1,7 +1,7 @@
 """The loop of every training run: steps, records, checkpoints and the end, whatever it is that is trained.
 
 What a run trains on and what it makes of a batch is told by a subclass: `train.Training` for VAEs,
-`fit_prior.PriorTraining` for priors.
+`prior_training.PriorTraining` for priors.
 """
 
 import math

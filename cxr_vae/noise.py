@@ -5,7 +5,8 @@ the number at a position depends on nothing else: not on the batch it falls in, 
 before. Within a machine type and torch version the bits are the same too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,6 +24,14 @@ PURPOSES = (
 def seed_of(seed: int, purpose: str, block: int = 0) -> int:
     """A 64-bit seed: the hash of the arguments (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence([seed, PURPOSES.index(purpose), block]).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, block: int = 0) -> Iterator[None]:
+    """Context in which torch's own random numbers, such as those of new layers, are a function of the arguments."""
+    with torch.random.fork_rng(devices=[]):  # leaves the global random state alone
+        torch.manual_seed(seed_of(seed, purpose, block))
+        yield
 
 
 def normal(

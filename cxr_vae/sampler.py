@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cxr_vae.config import Config, PriorConfig
+from cxr_vae.config_file import SAMPLING
 from cxr_vae.errors import UserError
 from cxr_vae.files import sha256_of
 from cxr_vae.models import VAE
@@ -15,9 +16,6 @@ from cxr_vae.pictures import to_uint8
 from cxr_vae.priors import Prior, build_prior
 from cxr_vae.priors.files import load_prior
 from cxr_vae.run_dir import RunDir
-
-PRIOR_OPTIONS = ("prior.name", "prior.num_steps", "prior.guidance")
-"""What is drawn from, and how: later stages of a run may set these."""
 
 
 @dataclass(frozen=True)
@@ -120,5 +118,5 @@ def sample_facts(
     if prior_sha256 is not None:
         facts |= {"prior": options.name, "prior_sha256": prior_sha256, "temperature": temperature, "label": label}
     if options.name == "flow_matching":
-        facts |= {"num_steps": options.num_steps, "guidance": options.guidance}
+        facts |= {name: getattr(options, name) for name in SAMPLING}
     return facts

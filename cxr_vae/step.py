@@ -51,10 +51,10 @@ class Step(ABC):
 
     def __call__(self, batch: Sequence[Tensor], kl_weight: float, lr: float) -> Outcome:
         """One update from this rank's part of a batch: tensors (b, …)."""
-        share = ema_share(self.state.step, self.config.train.ema_decay)
+        share_in_average = ema_share(self.state.step, self.config.train.ema_decay)
         if self.phase not in self._updates:
             self._updates[self.phase] = Replayed(self.update, self.here.device) if self._is_captured else self.update
-        outcome = self._updates[self.phase](*batch, *map(self._scalar, (kl_weight, lr, share)))
+        outcome = self._updates[self.phase](*batch, *map(self._scalar, (kl_weight, lr, share_in_average)))
         self.state.count(self.config.train.batch_size)
         return outcome
 
@@ -69,7 +69,7 @@ class Step(ABC):
 
     def update(self, *arguments: Tensor) -> Outcome:
         """All of a step that the device does: from the batch, KL weight, learning rate and the average's share."""
-        *batch, kl_weight, lr, share = arguments
+        *batch, kl_weight, lr, share_in_average = arguments
         state, networks = self.state, self.networks()
         kept = [buffer.clone() for buffer in state.model.buffers()] if self._keeps_buffers else []
         sums, finite = self.backward(batch, kl_weight)
@@ -92,7 +92,7 @@ class Step(ABC):
         self.here.average_buffers(state.model)
         for buffer, before in zip(state.model.buffers(), kept, strict=False):
             buffer.copy_(torch.where(applied, buffer, before))
-        state.add(sums[:2], self.config.train.batch_size, applied, share)
+        state.add(sums[:2], self.config.train.batch_size, applied, share_in_average)
         return Outcome(sums, norms[0], finite, applied)
 
     def backward(self, batch: Sequence[Tensor], kl_weight: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_vae.config import Config
+from cxr_vae.config_file import PRIOR_OPTIONS
 from cxr_vae.errors import UserError
 from cxr_vae.index import MANIFEST
 from cxr_vae.run_dir import RunDir
@@ -121,10 +122,9 @@ def prior_arguments(config: Config) -> tuple[str, ...]:
 
 def evaluate_arguments(config: Config) -> tuple[str, ...]:
     """Of the evaluation of the run with the configuration's options for it, and for what images are drawn from."""
-    of_prior = ("prior.name", "prior.num_steps", "prior.guidance")
     return (
         *("evaluate", config.run_dir),
-        *settings(config, *names_in(config, "evaluate"), *of_prior, "device", "data.shards"),
+        *settings(config, *names_in(config, "evaluate"), *PRIOR_OPTIONS, "device", "data.shards"),
     )
 
 

@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "residual, adversarial from the middle on": (
         *("model.name=residual", "model.norm=group", "model.channels=[16, 32, 64]", "num_classes=2"),
         *("likelihood=gaussian", "adversarial_weight=0.5", "adversarial_start_step=5", "adversarial_channels=8"),
+        "feature_matching_weight=10",
     ),
 }
 """The middle falls after the graph of the first kind of step was captured, and leaves steps enough for the second."""

@@ -46,7 +46,8 @@ RECIPE = (
         "device=cpu",
         "log_every=1",
     ),
-    *("adversarial_weight=0.5", "adversarial_start_step=6", "adversarial_channels=4", "ema_decay=0.9"),
+    *("adversarial_weight=0.5", "feature_matching_weight=10", "adversarial_start_step=6", "adversarial_channels=4"),
+    "ema_decay=0.9",
     *("epochs=4", "checkpoint.every_steps=4", "grid_every=2"),
 )
 """20 steps; checkpoints before and after the discriminator comes in."""

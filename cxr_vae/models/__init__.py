@@ -1,6 +1,6 @@
 """The networks by name. To add one: write its module, add its class here and its options to `config.ARCHITECTURES`."""
 
-import torch
+from collections.abc import Callable
 
 from cxr_vae.config import Config
 from cxr_vae.losses import Output
@@ -8,22 +8,20 @@ from cxr_vae.models.base import VAE
 from cxr_vae.models.conv import ConvVAE
 from cxr_vae.models.discriminator import PatchDiscriminator
 from cxr_vae.models.residual import ResidualVAE
-from cxr_vae.noise import seed_of
+from cxr_vae.noise import seeded
 
-MODELS: dict[str, type[ConvVAE] | type[ResidualVAE]] = {"conv": ConvVAE, "residual": ResidualVAE}
+MODELS: dict[str, Callable[[Config], VAE]] = {"conv": ConvVAE, "residual": ResidualVAE}
 
 __all__ = ["MODELS", "VAE", "Output", "PatchDiscriminator", "build_discriminator", "build_model"]
 
 
 def build_model(config: Config) -> VAE:
     """The network the configuration asks for, with its initialisation drawn from its seed."""
-    with torch.random.fork_rng(devices=[]):  # leaves the global random state alone
-        torch.manual_seed(seed_of(config.seed, "weights"))
+    with seeded(config.seed, "weights"):
         return MODELS[config.model.name](config)
 
 
 def build_discriminator(config: Config) -> PatchDiscriminator:
     """The network of the adversarial loss, its initialisation drawn from the seed, too, and not the model's."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.seed, "weights", 1))
+    with seeded(config.seed, "weights", 1):
         return PatchDiscriminator(config.objective.adversarial_channels)

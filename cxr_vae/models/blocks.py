@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 
-def group_norm(width: int) -> nn.GroupNorm:
+def group_norm(width: int, num_groups: int = 8) -> nn.GroupNorm:
     """Group norm (Wu and He, 2018) with 8 groups, or as many as divide the width."""
-    return nn.GroupNorm(math.gcd(8, width), width)
+    return nn.GroupNorm(math.gcd(num_groups, width), width)
 
 
 class ResidualBlock(nn.Module):
@@ -23,7 +23,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.before = nn.Sequential(group_norm(width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
         self.norm = group_norm(width)
-        self.after = nn.Sequential(nn.SiLU(), _zero(nn.Conv2d(width, width, 3, padding=1)))
+        self.after = nn.Sequential(nn.SiLU(), zero(nn.Conv2d(width, width, 3, padding=1)))
         self.film = nn.Embedding(num_classes, 2 * width) if num_classes else None
         if self.film is not None:
             nn.init.zeros_(self.film.weight)
@@ -39,24 +39,26 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention of one head over all positions, (B, width, H, W), 0 at first: Wang et al., 2018.
+    """x + self-attention over all positions, (B, width, H, W), 0 at first: Wang et al., 2018; heads: Vaswani, 2017.
 
     Written out: on GPUs the fused kernels add up gradients in no fixed order (flash attention's atomics), and a run
     that is resumed has to give the same bits.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, num_heads: int = 1, num_groups: int = 8) -> None:
         super().__init__()
-        self.norm = group_norm(width)
+        self.num_heads = num_heads
+        self.norm = group_norm(width, num_groups)
         self.to_qkv = nn.Conv2d(width, 3 * width, 1)
-        self.out = _zero(nn.Conv2d(width, width, 1))
+        self.out = zero(nn.Conv2d(width, width, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         """The same shape."""
-        query, key, value = self.to_qkv(self.norm(features)).flatten(2).chunk(3, dim=1)  # (B, width, positions) each
-        scores = query.transpose(1, 2) @ key * query.shape[1] ** -0.5
-        seen = value @ torch.softmax(scores, dim=2).to(value.dtype).transpose(1, 2)
-        outcome: Tensor = features + self.out(seen.unflatten(2, features.shape[2:]))
+        qkv = self.to_qkv(self.norm(features)).flatten(2).unflatten(1, (3, self.num_heads, -1))
+        query, key, value = qkv.unbind(1)  # (B, heads, width / heads, positions) each
+        scores = query.transpose(2, 3) @ key * query.shape[2] ** -0.5
+        seen = value @ torch.softmax(scores, dim=3).to(value.dtype).transpose(2, 3)
+        outcome: Tensor = features + self.out(seen.flatten(1, 2).unflatten(2, features.shape[2:]))
         return outcome
 
 
@@ -70,7 +72,7 @@ class Upsample(nn.Sequential):
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(num_in, num_out, 3, padding=1))
 
 
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
     """The layer with weights and bias 0."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:

@@ -1,12 +1,12 @@
 """`conv`, the reference: stride-2 convolutions with batch norm down to a vector, and their mirror back."""
 
-import math
 from itertools import pairwise
 
 from torch import Tensor, nn
 
 from cxr_vae.config import Config
 from cxr_vae.models.base import VAE
+from cxr_vae.models.blocks import group_norm
 
 
 class ConvVAE(VAE):
@@ -70,4 +70,4 @@ def _up(num_in: int, num_out: int, norm: str) -> nn.Sequential:
 
 
 def _norm(name: str, width: int) -> nn.Module:
-    return nn.BatchNorm2d(width) if name == "batch" else nn.GroupNorm(math.gcd(8, width), width)
+    return nn.BatchNorm2d(width) if name == "batch" else group_norm(width)

@@ -1,9 +1,10 @@
 """What tells patches of real images from those of reconstructions, trained from scratch beside the VAE."""
 
-import math
 from itertools import pairwise
 
 from torch import Tensor, nn
+
+from cxr_vae.models.blocks import group_norm
 
 
 class PatchDiscriminator(nn.Module):
@@ -22,7 +23,7 @@ class PatchDiscriminator(nn.Module):
         ):
             # Without a bias, which the norm's own would follow.
             layers.append(nn.Conv2d(num_in, num_out, 4, stride=stride, padding=1, bias=False))
-            layers += [nn.GroupNorm(math.gcd(8, num_out), num_out), nn.LeakyReLU(0.2)]
+            layers += [group_norm(num_out), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from cxr_vae.config import PriorConfig
-from cxr_vae.noise import seed_of
+from cxr_vae.noise import seeded
 from cxr_vae.priors.base import Prior
 from cxr_vae.priors.flow import FlowPrior
 from cxr_vae.priors.flow_matching import FlowMatchingPrior
@@ -27,6 +25,5 @@ def build_prior(config: PriorConfig, latent_shape: Sequence[int], num_classes: i
 
     Raises UserError where it is none for latents of this shape.
     """
-    with torch.random.fork_rng(devices=[]):  # leaves the global random state alone
-        torch.manual_seed(seed_of(seed, "prior_weights"))
+    with seeded(seed, "prior_weights"):
         return PRIORS[config.name](config, tuple(latent_shape), num_classes)

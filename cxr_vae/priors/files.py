@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from cxr_vae.config import PriorConfig
+from cxr_vae.config_file import SAMPLING
 from cxr_vae.errors import UserError
 from cxr_vae.export import opened, save_weights
 from cxr_vae.priors import PRIORS, Prior
-
-SAMPLING = {"num_steps", "guidance"}
-"""Of the options, what is settled when images are drawn, not when the prior is fitted."""
 
 WORDS = {
     "missing": "is missing: fit it with `cxr-vae prior`",
@@ -40,7 +38,7 @@ class Request:
     def facts(self) -> dict[str, Any]:
         """As they stand in the file."""
         return {
-            "prior": self.prior.model_dump(exclude=SAMPLING),
+            "prior": self.prior.model_dump(exclude=set(SAMPLING)),
             "latent_shape": list(self.latent_shape),
             "classes": list(self.classes),
             "weights_sha256": self.weights_sha256,

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxr_vae.models.blocks import Attention, Upsample, group_norm, zero
+
+NUM_GROUPS = 32
+"""Of group norm, or as many as divide the width."""
 HEAD_WIDTH = 64
 """Channels of an attention head, where they divide the width."""
 LARGEST_ATTENDED = 16
@@ -42,7 +46,7 @@ class UNet(nn.Module):
         skips, current = [channels[0]], channels[0]
         for level, wide in enumerate(channels):
             if level:
-                self.down.append(Down(current))
+                self.down.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
                 skips.append(current)
             for _ in range(num_blocks):
                 self.down.append(Block(current, wide, width, attend=attend[level]))
@@ -55,10 +59,8 @@ class UNet(nn.Module):
                 self.up.append(Block(current + skips.pop(), wide, width, attend=attend[level]))
                 current = wide
             if level:
-                self.up.append(Up(current))
-        self.leave = nn.Sequential(_norm(current), nn.SiLU(), nn.Conv2d(current, num_latents, 3, padding=1))
-        for parameter in self.leave[-1].parameters():
-            nn.init.zeros_(parameter)
+                self.up.append(Upsample(current, current))
+        self.leave = nn.Sequential(_norm(current), nn.SiLU(), zero(nn.Conv2d(current, num_latents, 3, padding=1)))
 
     def forward(self, latents: Tensor, times: Tensor, classes: Tensor) -> Tensor:
         """See the class."""
@@ -67,14 +69,15 @@ class UNet(nn.Module):
         features = self.enter(latents) + self.places
         skips = [features]
         for layer in self.down:
-            features = layer(features, condition)
+            features = layer(features, condition) if isinstance(layer, Block) else layer(features)
             skips.append(features)
         for layer in self.middle:
             features = layer(features, condition)
         for layer in self.up:
             if isinstance(layer, Block):
-                features = torch.cat([features, skips.pop()], 1)
-            features = layer(features, condition)
+                features = layer(torch.cat([features, skips.pop()], 1), condition)
+            else:
+                features = layer(features)
         velocity: Tensor = self.leave(features)
         return velocity
 
@@ -87,11 +90,10 @@ class Block(nn.Module):
         self.first = nn.Sequential(_norm(num_in), nn.SiLU(), nn.Conv2d(num_in, num_out, 3, padding=1))
         self.film = nn.Linear(width, 2 * num_out)
         self.norm = _norm(num_out)
-        self.second = nn.Conv2d(num_out, num_out, 3, padding=1)
-        nn.init.zeros_(self.second.weight)  # a block is the identity at first
-        nn.init.zeros_(self.second.bias)  # type: ignore[arg-type]
+        self.second = zero(nn.Conv2d(num_out, num_out, 3, padding=1))  # a block is the identity at first
         self.skip = nn.Conv2d(num_in, num_out, 1) if num_in != num_out else nn.Identity()
-        self.attention = Attention(num_out) if attend else nn.Identity()
+        num_heads = num_out // HEAD_WIDTH if num_out % HEAD_WIDTH == 0 else 1
+        self.attention = Attention(num_out, num_heads, NUM_GROUPS) if attend else nn.Identity()
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
         """(B, C, H, W) and (B, width) → (B, C', H, W)."""
@@ -99,58 +101,6 @@ class Block(nn.Module):
         inner = self.norm(self.first(features)) * (1 + scale) + shift
         attended: Tensor = self.attention(self.skip(features) + self.second(F.silu(inner)))
         return attended
-
-
-class Attention(nn.Module):
-    """Self-attention among the places of a feature map, beside a skip (Vaswani et al. 2017).
-
-    Written out, since fused kernels add up gradients in no fixed order on GPUs: see `models.blocks.Attention`.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
-        self.norm = _norm(width)
-        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
-        self.leave = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) → the same."""
-        batch, width, height, across = features.shape
-        qkv = self.to_qkv(self.norm(features)).flatten(2).view(batch, 3, self.num_heads, -1, height * across)
-        query, key, value = qkv.transpose(3, 4).unbind(1)
-        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        attended = (torch.softmax(scores, dim=3).to(value.dtype) @ value).transpose(2, 3)
-        left: Tensor = self.leave(attended.reshape(batch, width, height, across))
-        return features + left
-
-
-class Down(nn.Module):
-    """Halves the side by a convolution of stride 2."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
-
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H / 2, W / 2)."""
-        halved: Tensor = self.conv(features)
-        return halved
-
-
-class Up(nn.Module):
-    """Doubles the side by repetition and a convolution, which leaves no checkerboard (Odena et al. 2016)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, 2 H, 2 W)."""
-        doubled: Tensor = self.conv(F.interpolate(features, scale_factor=2.0, mode="nearest"))
-        return doubled
 
 
 def sinusoids(times: Tensor, count: int) -> Tensor:
@@ -161,4 +111,4 @@ def sinusoids(times: Tensor, count: int) -> Tensor:
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, width), width)
+    return group_norm(width, NUM_GROUPS)
