@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo bench test lint type test-only clean
+.PHONY: help demo bench test test-fast test-only lint type coverage clean
 
 help:
 	@echo "make demo                          the whole job on drawn phantoms, about 3 minutes on 2 cores"
@@ -14,6 +14,8 @@ help:
 	@echo "make bench [DATA=…]                how fast every part is, against a plain program; some 20 minutes"
 	@echo "make test                          lint, types and every test"
 	@echo "make lint | type | test-only       one of them"
+	@echo "make test-fast                     the quick files' tests, 2 minutes, while you work"
+	@echo "make coverage                      every test, and which lines and branches of the library none runs"
 	@echo "make clean                         removes what the demo made, not .venv"
 
 # The stamps make the installation happen once, and again when pyproject.toml changes.
@@ -56,6 +58,15 @@ type: $(VENV)/installed-dev
 # Three files at once; with more than one thread in each they would wait for one another most of the time.
 test-only: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-fast: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+# In all processes that tests start, too.
+coverage: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 clean:
 	rm -rf demo

@@ -7,7 +7,6 @@ have in common, and nothing that has changed is ever taken for what it was.
 import hashlib
 import json
 import os
-import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,10 +60,6 @@ class BlockStore:
                 raise RuntimeError(f"{self._path(start)} is missing or damaged")
             blocks.append({name: tensor[:count] for name, tensor in block.items()})
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
-
-    def remove(self) -> None:
-        """Removes all of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start:09d}.safetensors"

@@ -53,11 +53,20 @@ for _class in (_Core, _CoreDumper):
 _Core.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+SHIPPED = Path(__file__).with_name("configs")
+"""The configurations that come with the package; in a checkout a link to the folder at its top."""
+
 SAMPLING = ("num_steps", "guidance")
 """Of the prior's options, what is settled when images are drawn, not when it is fitted."""
 
 PRIOR_OPTIONS = ("prior.name", *(f"prior.{name}" for name in SAMPLING))
 """What is drawn from, and how: later stages of a run may set these."""
+
+
+def config_path(path: Path) -> Path:
+    """`path`; where that isn't there and names one that comes with the package, as configs/demo.yaml does, that one."""
+    ours = SHIPPED.joinpath(*path.parts[1:])
+    return ours if path.parts[:1] == ("configs",) and not path.is_file() and ours.is_file() else path
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -125,7 +134,7 @@ def _parse(override: str, allowed: Sequence[str] = ()) -> tuple[str, Any]:
 
 def _read_tree(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Core)
+        tree = yaml.load(config_path(path).read_text(encoding="utf-8"), _Core)
     except OSError as error:
         raise UserError(f"{path}: cannot read this configuration ({error.strerror}); name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

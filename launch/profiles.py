@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from cxr_vae.config import Config, Section
-from cxr_vae.config_file import load_section
+from cxr_vae.config_file import SHIPPED, config_path, load_section
 from cxr_vae.errors import UserError
 from launch.stages import Shape
 
@@ -44,10 +44,9 @@ def load_profile(name: str | None) -> Profile:
     path = Path(name)
     if not path.suffix:
         path = FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
-        hint = f", or one of {known}" if known else ""
-        raise UserError(f"{path}: there is no such cluster profile; name a YAML file{hint}")
+    if not config_path(path).is_file():
+        known = sorted({found.stem for folder in (FOLDER, SHIPPED / "cluster") for found in folder.glob("*.yaml")})
+        raise UserError(f"{path}: there is no such cluster profile; name a YAML file, or one of {', '.join(known)}")
     return load_section(Profile, path)
 
 

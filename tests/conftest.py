@@ -36,6 +36,8 @@ SLOW_FILES = (
     "guard",
     "run_export",
     "doctor",
+    "audit",
+    "efficiency",
 )
 """The slowest first: each file runs in one process, and the last must not be a long one."""
 
@@ -44,10 +46,14 @@ LEFT_OUT = pytest.StashKey[int]()
 """How many tests need a GPU that isn't there."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files in the order of SLOW_FILES, then the others; without those marked `gpu` where there is none."""
+    """The files in SLOW_FILES first, marked `slow`; without the tests marked `gpu` where there is none."""
     order = {f"test_{name}": place for place, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.path.stem in order:
+            item.add_marker("slow")
     need_gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
     config.stash[LEFT_OUT] = len(need_gpu)
     if need_gpu:

@@ -22,7 +22,7 @@ OURS = r"(?:[A-Z_]+=\S* )?(cxr-vae|cxr-launch|torchrun|make|python benchmarks/|s
 """What a command that is checked begins with."""
 
 OTHERS = {
-    *("ssh", "git", "cd", "python3", ".venv/bin/pip", ".", "module"),
+    *("ssh", "git", "pre-commit", "cd", "python3", ".venv/bin/pip", ".", "module"),
     *("sinfo", "sacctmgr", "squeue", "scancel", "scontrol", "slurm/local_cluster"),
 }
 """Commands of others, which can't be checked here."""

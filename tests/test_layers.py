@@ -1,9 +1,13 @@
 """Imports go one way, in the order of the data: a newcomer can read the files from top to bottom of this list."""
 
 import ast
+import re
 from pathlib import Path
+from statistics import median
 
 import pytest
+
+from cxr_vae.config import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +72,9 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-MAX_LINES = 400
+MAX_LINES, USUAL_LINES = 400, 150
+MAX_FUNCTION, USUAL_FUNCTION = 50, 35
+MAX_LOOP = 60
 
 
 def modules(package: str) -> list[Path]:
@@ -123,6 +129,30 @@ def test_only_the_launcher_knows_submitit_and_slurm() -> None:
         assert "SLURM" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("path", modules("cxr_vae") + modules("launch"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_is_one_to_scroll_through(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+def lines_of_functions(path: Path) -> dict[str, int]:
+    """Lines of each function and method, by its name."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, functions)]
+    return {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in found}
+
+
+def test_files_and_functions_are_none_to_scroll_through() -> None:
+    paths = modules("cxr_vae") + modules("launch")
+    lines = {path: len(path.read_text().splitlines()) for path in paths}
+    assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
+    assert median(lines.values()) <= USUAL_LINES
+    functions = {(path.name, name): count for path in paths for name, count in lines_of_functions(path).items()}
+    assert {name: count for name, count in functions.items() if count > MAX_FUNCTION} == {}
+    assert sum(count > USUAL_FUNCTION for count in functions.values()) <= len(functions) / 10
+
+
+def test_the_training_loop_is_read_in_one_screen() -> None:
+    assert lines_of_functions(ROOT / "cxr_vae/loop.py")["loop"] <= MAX_LOOP
+    assert len((ROOT / "cxr_vae/train.py").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_read_somewhere(option: str) -> None:
+    sources = [path.read_text() for path in modules("cxr_vae") + modules("launch") if path.name != "config.py"]
+    name = option.rpartition(".")[2]
+    assert any(re.search(rf"[.\"]{name}\b", text) for text in sources)
