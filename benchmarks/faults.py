@@ -58,7 +58,7 @@ def die() -> None:
 
 def child(phase: str, nth: int, arguments: list[str]) -> int:
     """`cxr-vae` that kills itself in a phase of its `nth` checkpoint."""
-    from cxr_vae import checkpoint, cli, manifest, parts
+    from cxr_vae import checkpoint, checkpoint_manifest, cli, parts
 
     count = 0
 
@@ -86,7 +86,7 @@ def child(phase: str, nth: int, arguments: list[str]) -> int:
     elif phase == "before the manifest":
         checkpoint.write_manifest = dying(checkpoint.write_manifest)
     elif phase == "inside the manifest":
-        manifest.write_json = dying(manifest.write_json, before=False)
+        checkpoint_manifest.write_json = dying(checkpoint_manifest.write_json, before=False)
     elif phase == "before the rename":
         checkpoint.publish = dying(checkpoint.publish)
     elif phase == "before pruning":

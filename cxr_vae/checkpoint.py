@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from cxr_vae import __version__
+from cxr_vae.checkpoint_manifest import find_fault, name_of, published, read_manifest, write_manifest
 from cxr_vae.config import CheckpointConfig, Config
 from cxr_vae.config_file import differences
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.files import sync_directory
-from cxr_vae.manifest import find_fault, name_of, published, read_manifest, write_manifest
 from cxr_vae.state import TrainState
 
 # One process needs no process group; torch would warn of that at each save and load.

@@ -6,8 +6,8 @@ from typing import Any
 from tabulate import tabulate
 
 from cxr_vae.checkpoint import best_of
+from cxr_vae.checkpoint_manifest import find_fault, published, read_manifest
 from cxr_vae.errors import UserError
-from cxr_vae.manifest import find_fault, published, read_manifest
 from cxr_vae.run_dir import RunDir
 
 HEADERS = ("checkpoint", "images seen", "test loss", "processes", "MB", "")

@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     """() bool, the same on all ranks: whether all was finite, and so the weights were changed."""
 
 
-class Watch:
+class UnseenOutcomes:
     """The outcomes nobody has looked at yet: on a GPU looking means waiting for it, so it is not done at every step."""
 
     def __init__(self, scaler: GradScaler) -> None:

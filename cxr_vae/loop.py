@@ -22,7 +22,7 @@ from cxr_vae.distributed import World
 from cxr_vae.efficiency import efficiency, in_a_line
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_json
-from cxr_vae.guard import Outcome, Watch, describe_nonfinite
+from cxr_vae.guard import Outcome, UnseenOutcomes, describe_nonfinite
 from cxr_vae.heartbeat import Heartbeat
 from cxr_vae.precision import advise, check_precision
 from cxr_vae.run_dir import RunDir
@@ -62,10 +62,10 @@ class Loop(ABC):
         model = compiled(self.state.model, config.train.compile)
         self.update = self.make_step(here.parallel(model, compress=config.train.compress_gradients))
         self.heart = Heartbeat(run.heartbeat, self.num_steps, config.train.batch_size, enabled=here.is_main)
-        self.unseen, self.watch, self.first_step = Watch(self.state.scaler), Stopwatch(), self.state.step
+        self.unseen, self.stopwatch, self.first_step = UnseenOutcomes(self.state.scaler), Stopwatch(), self.state.step
         self._pictures = ThreadPoolExecutor(1, "pictures")
         self._writing: tuple[int, Future[None]] | None = None
-        self.log.begin(self.state.step, self.watch)
+        self.log.begin(self.state.step, self.stopwatch)
         self.beat("starting")
         if here.is_main:
             advice = advise(config.train.precision, here.device)
@@ -117,7 +117,7 @@ class Loop(ABC):
 
     def loop(self, stop: StopSignal) -> bool:
         """Steps until the last one or a reason to stop, on all ranks together; returns whether the last was reached."""
-        state, here, watch, batch_size = self.state, self.here, self.watch, self.config.train.batch_size
+        state, here, watch, batch_size = self.state, self.here, self.stopwatch, self.config.train.batch_size
         stop.defer()
         with (
             Progress(self.num_steps * batch_size, "train", done=state.samples_seen, enabled=here.is_main) as bar,
@@ -222,15 +222,15 @@ class Loop(ABC):
         config, state = self.config, self.state
         self.check()
         epoch = state.samples_seen // len(self.train_set)
-        with self.watch("test"):
+        with self.stopwatch("test"):
             loss, test_record = self.test()
-        with self.watch("log"):
+        with self.stopwatch("log"):
             train_record = self.record(state.end_epoch())
             self.log.epoch(state.step, epoch, train_record, test_record)
             told = f"train {self.in_words(train_record)}; test {self.in_words(test_record)}"
             progress.say(f"epoch {epoch}/{config.train.epochs}: {told}")
         if self.here.is_main and (epoch % config.train.grid_every == 0 or state.step == self.num_steps):
-            with self.watch("pictures"):
+            with self.stopwatch("pictures"):
                 self.save_pictures(epoch)
         return loss
 
@@ -269,7 +269,7 @@ class Loop(ABC):
         num_images = (self.state.step - self.first_step) * self.config.train.batch_size
         if num_images:
             figures = efficiency(
-                self.config, self.here.device, num_images, self.watch, self.here.size, self.flops_per_image()
+                self.config, self.here.device, num_images, self.stopwatch, self.here.size, self.flops_per_image()
             )
             figures["in_a_line"] = in_a_line(figures)
             write_json(self.run.efficiency, figures)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cxr_vae.manifest import Files, describe_files
+from cxr_vae.checkpoint_manifest import Files, describe_files
 
 
 class PartWriter(HuggingFaceStorageWriter):

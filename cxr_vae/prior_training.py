@@ -97,7 +97,7 @@ class PriorTraining(Loop):
     @torch.inference_mode()
     def test(self) -> tuple[float, dict[str, float]]:
         """See Loop.test: of one latent an image, with noise that depends on (seed, image) alone."""
-        prior = cast(Prior, self.state.best_model).eval()
+        prior = cast(Prior, self.state.averaged_model).eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.here.device)
         first, last = self.here.slice(0, len(self.test_set))
         for start in range(first, last, TEST_BATCH):
@@ -115,13 +115,13 @@ class PriorTraining(Loop):
 
     def draw_pictures(self, epoch: int) -> Callable[[], None]:
         """See Loop.draw_pictures: samples."""
-        prior = cast(Prior, self.state.best_model).eval()
+        prior = cast(Prior, self.state.averaged_model).eval()
         images = Sampler(self.vae, prior, self.config.seed, 1.0, None, {}).draw(0, 64, self.here.device)
         return lambda: save_grid(self.run.grid("samples", epoch), images, 8)
 
     def export(self) -> str:
         """See Loop.export."""
-        prior = cast(Prior, self.state.best_model)
+        prior = cast(Prior, self.state.averaged_model)
         save_prior(self.path, prior, self.request, num_images=len(self.train_set), step=self.state.step)
         return f"fitted prior: {self.path}"
 

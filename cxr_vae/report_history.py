@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cxr_vae.manifest import MANIFEST, published
+from cxr_vae.checkpoint_manifest import MANIFEST, published
 from cxr_vae.report_figures import Cell, Table, brief, describe, interval, number
 from cxr_vae.report_inputs import Facts, Inputs, Results, read_checked, read_optional
 from cxr_vae.run_log import read_records

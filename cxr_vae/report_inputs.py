@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cxr_vae.checkpoint_manifest import MANIFEST as CHECKPOINT_MANIFEST
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.config import OPTIONS
 from cxr_vae.errors import UserError
 from cxr_vae.files import read_json, sha256_of
 from cxr_vae.index import MANIFEST
-from cxr_vae.manifest import MANIFEST as CHECKPOINT_MANIFEST
-from cxr_vae.manifest import published
 from cxr_vae.run_dir import RunDir
 from cxr_vae.run_log import read_epochs, read_records
 

@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.config import Config
 from cxr_vae.config_file import differences, dump_config, load_config
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically, write_json
 from cxr_vae.locks import LOCK, DirectoryLock
-from cxr_vae.manifest import published
 
 PACKAGES = ("cxr-vae", "torch", "torchvision", "webdataset", "submitit", "torch-fidelity", "numpy", "scipy", "pillow")
 

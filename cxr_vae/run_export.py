@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from cxr_vae.checkpoint import best_of
+from cxr_vae.checkpoint_manifest import find_fault, published, read_manifest
 from cxr_vae.errors import UserError
 from cxr_vae.export import save_vae
-from cxr_vae.manifest import find_fault, published, read_manifest
 from cxr_vae.models import VAE, build_model
 from cxr_vae.parts import read_tensors
 from cxr_vae.run_dir import RunDir

@@ -100,7 +100,7 @@ class TrainState:
         return best
 
     @property
-    def best_model(self) -> nn.Module:
+    def averaged_model(self) -> nn.Module:
         """The weights to test and to export: the average where there is one."""
         return self.model if self.ema is None else self.ema.module
 

@@ -1,7 +1,7 @@
 """One training step: the gradient over a whole batch and the update, without a wait for the device.
 
 Whether a loss or gradient is no finite number decides on the device itself whether the weights change; the caller looks
-at that later (`guard.Watch`).
+at that later (`guard.UnseenOutcomes`).
 """
 
 from abc import ABC, abstractmethod

@@ -60,7 +60,7 @@ class Training(Loop):
     @property
     def vae(self) -> VAE:
         """The weights to test and to export: the average where there is one."""
-        return cast(VAE, self.state.best_model)
+        return cast(VAE, self.state.averaged_model)
 
     def open_sets(self) -> tuple[XrayDataset, XrayDataset]:
         """See Loop.open_sets."""

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from cxr_vae import checkpoint, parts
 from cxr_vae.checkpoint import Checkpoints, best_of
+from cxr_vae.checkpoint_manifest import name_of, published
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.manifest import name_of, published
 from cxr_vae.parts import read_tensors
 from cxr_vae.schedules import ema_share
 from cxr_vae.state import TrainState

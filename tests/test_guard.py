@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.guard import describe_nonfinite, gradient_norm
-from cxr_vae.manifest import published
 from cxr_vae.run_log import read_records
 from tests.helpers import command, environment, processes_with, with_patch
 from tests.ranks import on_ranks

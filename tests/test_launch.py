@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.config_file import dump_config, load_config
-from cxr_vae.manifest import published
 from launch.clusters import submitting
 from launch.stages import Stage
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, with_patch

@@ -35,7 +35,7 @@ LAYERS = [
     ["models"],
     ["ema", "stopwatch", "capture", "compilation", "efficiency"],
     ["state"],
-    ["guard", "export", "pictures", "manifest", "run_dir"],
+    ["guard", "export", "pictures", "checkpoint_manifest", "run_dir"],
     ["priors", "latents"],
     ["parts"],
     ["checkpoint", "run_log", "step", "validation"],

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.config_file import override_config
 from cxr_vae.dataset import open_dataset, open_split, to_float
 from cxr_vae.distributed import World
 from cxr_vae.export import load_vae
 from cxr_vae.likelihood import measure
 from cxr_vae.losses import kl_to_standard_normal
-from cxr_vae.manifest import published
 from cxr_vae.noise import normal
 from cxr_vae.run_dir import RunDir
 from cxr_vae.run_log import read_epochs, read_records

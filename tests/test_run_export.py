@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from cxr_vae.checkpoint import best_of
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.export import load_vae
-from cxr_vae.manifest import published
 from cxr_vae.models import build_model
 from cxr_vae.parts import read_tensors
 from tests.helpers import check_sentence, cxr_vae

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
 from cxr_vae.ema import Ema
-from cxr_vae.guard import Watch
+from cxr_vae.guard import UnseenOutcomes
 from cxr_vae.losses import negative_elbo
 from cxr_vae.models import build_model
 from cxr_vae.run_dir import RunDir
@@ -119,7 +119,7 @@ def test_a_run_looks_at_numbers_only_where_they_are_logged(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where outcomes are looked at when there is a reason to and not at every step."""
-    monkeypatch.setattr(Watch, "is_due", lambda self: False)
+    monkeypatch.setattr(UnseenOutcomes, "is_due", lambda self: False)
 
     def looks(epochs: int, log_every: int) -> int:
         options = [*TINY, f"data.shards={shards}", f"run_dir={tmp_path / f'{epochs}-{log_every}'}", f"epochs={epochs}"]
@@ -138,7 +138,7 @@ def test_a_run_looks_at_numbers_only_where_they_are_logged(
 
 def test_outcomes_are_looked_at_in_time() -> None:
     step, images, noise = new_step("skip_nonfinite=9", "norm=group")
-    watch = Watch(step.state.scaler)
+    watch = UnseenOutcomes(step.state.scaler)
     assert not watch.is_due()
     for number, poison in enumerate([1.0, torch.nan, 1.0], start=1):
         watch.add(number, step((images, noise * torch.tensor([1, poison, 1, 1])[:, None], NO_LABELS), 1.0, 1e-3))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vae.manifest import published
+from cxr_vae.checkpoint_manifest import published
 from cxr_vae.run_log import read_records
 from cxr_vae.stopping import STOPPED_EXIT_CODE, StopSignal
 from tests.helpers import command, cxr_vae, environment, with_patch

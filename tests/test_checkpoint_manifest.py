@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vae import manifest
-from cxr_vae.manifest import find_fault
+from cxr_vae import checkpoint_manifest
+from cxr_vae.checkpoint_manifest import find_fault
 from tests.test_checkpoint import advance, assert_equal, checkpoints, flip, name_of, new_state, save
 
 PART = "shard-00001.safetensors"
@@ -97,14 +97,14 @@ def test_nothing_in_a_checkpoint_is_executed(whole: Path, tmp_path: Path, name: 
 
 def test_a_bad_sector_is_damage(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(whole, tmp_path / "checkpoints")
-    read = manifest.sha256_of
+    read = checkpoint_manifest.sha256_of
 
     def failing(path: Path) -> str:
         if path == folder / name_of(3) / PART:
             raise OSError(5, "Input/output error", str(path))
         return read(path)
 
-    monkeypatch.setattr(manifest, "sha256_of", failing)
+    monkeypatch.setattr(checkpoint_manifest, "sha256_of", failing)
     name, skipped = checkpoints(folder).load_latest(new_state())
     assert name == name_of(2)
     assert f"{PART} can't be read (Input/output error)" in skipped[0]
