@@ -27,12 +27,12 @@ import torch
 from tabulate import tabulate
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from cxr_vae.checkpoint import Checkpoints
+from cxr_vae.checkpoints.saving import Checkpoints
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
-from cxr_vae.losses import negative_elbo
+from cxr_vae.losses.elbo import negative_elbo
 from cxr_vae.models import build_model
-from cxr_vae.state import TrainState
 
 REFERENCE = Path(__file__).parents[1] / "configs" / "reference.yaml"
 MODELS: dict[str, tuple[str, ...]] = {

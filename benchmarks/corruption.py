@@ -98,12 +98,12 @@ def train(run: Path, shards: Path, *options: str, ranks: int = 1) -> subprocess.
 
 def resume(run: Path, shards: Path) -> tuple[str | None, list[str], dict[str, torch.Tensor]]:
     """What training loads from the run: the checkpoint's name, what was skipped and why, and the state."""
-    from cxr_vae.checkpoint import Checkpoints
+    from cxr_vae.checkpoints.saving import Checkpoints
+    from cxr_vae.checkpoints.state import TrainState
     from cxr_vae.config_file import load_config
+    from cxr_vae.data.index import ShardDirectory
     from cxr_vae.distributed import World
-    from cxr_vae.index import ShardDirectory
     from cxr_vae.run_dir import RunDir
-    from cxr_vae.state import TrainState
 
     config = load_config(run / "config.yaml", [])
     hashes = {name: ShardDirectory.open(shards).split(name).content_hash for name in ("train", "test")}

@@ -25,11 +25,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from cxr_vae.config_file import load_config
+from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import World, world
-from cxr_vae.index import ShardDirectory
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import read_records
-from cxr_vae.train import Training
+from cxr_vae.training.run_log import read_records
+from cxr_vae.training.train import Training
 
 ELASTIC = (4, 2, 3, 1)
 MODELS = (("group", "fp32"), ("group", "bf16"), ("batch", "fp32"))

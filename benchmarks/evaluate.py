@@ -40,12 +40,12 @@ OURS = """
 import sys
 from pathlib import Path
 import torch
-from cxr_vae.audit_samples import from_folder
+from cxr_vae.audit.samples import from_folder
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.distributed import world
-from cxr_vae.features import Features, load_network
-from cxr_vae.image_sets import ImageSet, extract
-from cxr_vae.metrics import compare
+from cxr_vae.evaluation.features import Features, load_network
+from cxr_vae.evaluation.image_sets import ImageSet, extract
+from cxr_vae.evaluation.metrics import compare
 found = []
 with world("cpu") as here:
     network = load_network("random", here.device)
@@ -73,7 +73,7 @@ def distances(num: int) -> str:
     """The Fréchet distance alone, at `num` images of 2048 features."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    from cxr_vae.metrics import frechet_distance
+    from cxr_vae.evaluation.metrics import frechet_distance
 
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(num, 2048)).astype(np.float32) for _ in range(2))
@@ -93,7 +93,7 @@ def extraction(num: int) -> str:
     """The network alone on `num` images of 224 px in blocks of 64, as torch-fidelity calls it and as we do."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    from cxr_vae.features import LAYERS, build_inception, load_network
+    from cxr_vae.evaluation.features import LAYERS, build_inception, load_network
 
     ours = load_network("random", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
-    from cxr_vae.features import build_inception
+    from cxr_vae.evaluation.features import build_inception
 
     folder = Path(tempfile.mkdtemp())
     weights = folder / "weights.pth"

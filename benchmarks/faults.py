@@ -58,7 +58,10 @@ def die() -> None:
 
 def child(phase: str, nth: int, arguments: list[str]) -> int:
     """`cxr-vae` that kills itself in a phase of its `nth` checkpoint."""
-    from cxr_vae import checkpoint, checkpoint_manifest, cli, parts
+    from cxr_vae import cli
+    from cxr_vae.checkpoints import manifest as checkpoint_manifest
+    from cxr_vae.checkpoints import parts
+    from cxr_vae.checkpoints import saving as checkpoint
 
     count = 0
 
@@ -104,9 +107,9 @@ def child(phase: str, nth: int, arguments: list[str]) -> int:
 
 def make_shards(folder: Path) -> Path:
     """70 phantoms to train on and some to test on, at 32 px."""
-    from cxr_vae.phantom_set import write_phantoms
-    from cxr_vae.shards import write_shards
-    from cxr_vae.tars import Preprocessing
+    from cxr_vae.data.shards import write_shards
+    from cxr_vae.data.tars import Preprocessing
+    from cxr_vae.phantoms.folder import write_phantoms
 
     write_phantoms(folder / "phantoms", 86, 0)
     write_shards(folder / "phantoms", folder / "shards", Preprocessing(32), workers=2)

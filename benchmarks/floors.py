@@ -15,13 +15,13 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from cxr_vae.config import EvaluateConfig
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import ShardDirectory, SplitIndex
 from cxr_vae.distributed import world
-from cxr_vae.features import Features, choose_network, load_network
+from cxr_vae.evaluation.features import Features, choose_network, load_network
+from cxr_vae.evaluation.image_sets import ImageSet, extract
+from cxr_vae.evaluation.metrics import NAMES, compare
 from cxr_vae.files import cache_folder
-from cxr_vae.image_sets import ImageSet, extract
-from cxr_vae.index import ShardDirectory, SplitIndex
-from cxr_vae.metrics import NAMES, compare
 
 Rows = npt.NDArray[np.int64]
 

@@ -24,16 +24,16 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from cxr_vae import audit as audit_module
-from cxr_vae.audit import audit
+from cxr_vae.audit.audit import audit
 from cxr_vae.config_file import dump_config, load_config
-from cxr_vae.dataset import XrayDataset
-from cxr_vae.features import FeatureNetwork, Features, load_network
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.sources import patient_of
+from cxr_vae.data.tars import Preprocessing
+from cxr_vae.evaluation.features import FeatureNetwork, Features, load_network
 from cxr_vae.files import write_atomically
-from cxr_vae.index import ShardDirectory
 from cxr_vae.run_dir import RunDir
-from cxr_vae.shards import write_shards
-from cxr_vae.sources import patient_of
-from cxr_vae.tars import Preprocessing
 
 PLANTED = 0.05
 

@@ -24,10 +24,10 @@ RANKS = (1, 2, 4)
 def dump(shards: str, steps: int, batch_size: int, out: Path) -> None:
     """Runs on each rank: the ids this rank trains on, step by step, as the training loop asks for them."""
     from cxr_vae.config_file import load_config
+    from cxr_vae.data.index import ShardDirectory
     from cxr_vae.distributed import world
-    from cxr_vae.index import ShardDirectory
     from cxr_vae.run_dir import RunDir
-    from cxr_vae.train import Training
+    from cxr_vae.training.train import Training
 
     index = ShardDirectory.open(Path(shards)).split("train")
     options = [f"data.shards={shards}", f"image_size={index.image_size}", f"batch_size={batch_size}", "device=cpu"]

@@ -18,26 +18,26 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from cxr_vae.audit import audit
-from cxr_vae.audit_samples import choose_samples
+from cxr_vae.audit.audit import audit
+from cxr_vae.audit.samples import choose_samples
 from cxr_vae.config import Config
 from cxr_vae.config_file import override_config
-from cxr_vae.dataset import open_split
+from cxr_vae.data.dataset import open_split
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.distributed import world
-from cxr_vae.efficiency import flops_per_image
-from cxr_vae.evaluate import MAY_OVERRIDE, evaluate
-from cxr_vae.export import load_vae
-from cxr_vae.features import load_network
+from cxr_vae.evaluation.evaluate import MAY_OVERRIDE, evaluate
+from cxr_vae.evaluation.features import load_network
+from cxr_vae.evaluation.image_sets import extract, real_images, reconstructions, usable_cache
+from cxr_vae.evaluation.metrics import called, frechet_distance
 from cxr_vae.files import read_json, sha256_of
-from cxr_vae.fit_prior import fit_prior
-from cxr_vae.image_sets import extract, real_images, reconstructions, usable_cache
-from cxr_vae.index import ShardDirectory
-from cxr_vae.metrics import called, frechet_distance
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import read_epochs, read_records
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.training.efficiency import flops_per_image
+from cxr_vae.training.fit_prior import fit_prior
+from cxr_vae.training.run_log import read_epochs, read_records
+from cxr_vae.weights import load_vae
 
 FEATURES = "benchmarks.lite0:lite0"
 

@@ -29,14 +29,14 @@ import torch
 from safetensors.numpy import load_file
 from tabulate import tabulate
 
-from cxr_vae.checkpoint import Checkpoints
+from cxr_vae.checkpoints.saving import Checkpoints
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config import Config
 from cxr_vae.config_file import dump_config, load_config
+from cxr_vae.data.index import TEXTS, ShardDirectory, save_columns
 from cxr_vae.distributed import World
 from cxr_vae.files import sha256_of, write_json
-from cxr_vae.index import TEXTS, ShardDirectory, save_columns
 from cxr_vae.run_dir import RunDir
-from cxr_vae.state import TrainState
 
 POSITIONS = (0, 10**4, 10**10)
 BATCH = 20

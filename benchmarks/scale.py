@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cxr_vae.index import MANIFEST, ShardDirectory, save_columns
-from cxr_vae.shards import num_shards, write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.data.index import MANIFEST, ShardDirectory, save_columns
+from cxr_vae.data.shards import num_shards, write_shards
+from cxr_vae.data.tars import Preprocessing
 
 SIDE = 32
 
@@ -73,10 +73,10 @@ def first_batch(shards: Path, block: int) -> None:
     import torch
 
     from cxr_vae.config import DataConfig
-    from cxr_vae.dataset import open_dataset, open_split, read_ahead
+    from cxr_vae.data.dataset import open_dataset, open_split, read_ahead
+    from cxr_vae.data.stream import TrainingStream
     from cxr_vae.distributed import World
-    from cxr_vae.efficiency import peak_memory
-    from cxr_vae.stream import TrainingStream
+    from cxr_vae.training.efficiency import peak_memory
 
     cpu = torch.device("cpu")
     before = peak_memory(cpu)

@@ -42,7 +42,7 @@ STEP_S = 0.25
 SLOW = """
 import os, sys, time
 if "cxr_vae" in sys.orig_argv and os.path.exists({flag!r}):
-    import cxr_vae.train as train
+    import cxr_vae.training.train as train
     step = train.Training.step
     def slow(*arguments):
         outcome = step(*arguments)

@@ -80,7 +80,7 @@ def prepare(data: Path | None, work: Path) -> Path:
     """A folder of originals: `data`, or phantoms drawn into `work`."""
     if data is not None:
         return data
-    from cxr_vae.phantom_set import write_phantoms
+    from cxr_vae.phantoms.folder import write_phantoms
 
     if not (work / "phantoms").is_dir():
         write_phantoms(work / "phantoms", 500, 0)

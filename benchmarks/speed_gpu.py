@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 
 from benchmarks.speed import Row, machine, table_of
 from cxr_vae.config_file import load_config
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.precision import peak_flops
-from cxr_vae.run_log import read_records
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
-from cxr_vae.train import train
+from cxr_vae.training.run_log import read_records
+from cxr_vae.training.train import train
 
 GPU = torch.device("cuda")
 

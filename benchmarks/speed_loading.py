@@ -17,11 +17,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.speed import Row, interleaved, originals, ratios
-from cxr_vae.dataset import XrayDataset, read_ahead, to_float
-from cxr_vae.index import ShardDirectory
-from cxr_vae.shards import write_shards
-from cxr_vae.stream import TrainingStream
-from cxr_vae.tars import Preprocessing
+from cxr_vae.data.dataset import XrayDataset, read_ahead, to_float
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.stream import TrainingStream
+from cxr_vae.data.tars import Preprocessing
 
 CPU = torch.device("cpu")
 BATCH = 32

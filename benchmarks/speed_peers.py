@@ -23,11 +23,11 @@ from benchmarks.baseline import VAE, train_step, vae_loss
 from benchmarks.speed import Row, interleaved, originals, ratios
 from benchmarks.speed_loading import BATCH, CPU, NUM, cpu_seconds, ours
 from benchmarks.speed_training import best_precision, run, train_command
-from cxr_vae.dataset import XrayDataset, to_float
-from cxr_vae.index import ShardDirectory
-from cxr_vae.run_log import read_records
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.data.dataset import XrayDataset, to_float
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
+from cxr_vae.training.run_log import read_records
 
 STEPS = 8  # an epoch
 

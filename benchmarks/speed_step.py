@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.baseline import VAE, train_step
 from benchmarks.speed import ROUNDS, Row, interleaved, ratios
-from cxr_vae.compilation import compiled, share_compiled
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World, world
-from cxr_vae.efficiency import flops_per_image
 from cxr_vae.precision import peak_flops
-from cxr_vae.state import TrainState
-from cxr_vae.vae_step import VaeStep
+from cxr_vae.training.compilation import compiled, share_compiled
+from cxr_vae.training.efficiency import flops_per_image
+from cxr_vae.training.vae_step import VaeStep
 
 CPU = torch.device("cpu")
 BATCH = 32

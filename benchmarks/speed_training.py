@@ -16,10 +16,10 @@ import psutil
 import torch
 
 from benchmarks.speed import Row, interleaved, originals, ratios
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.precision import advise, peak_flops
-from cxr_vae.run_log import read_records
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.training.run_log import read_records
 
 CPU = torch.device("cpu")
 BATCH = 32

@@ -18,7 +18,7 @@ from pathlib import Path
 SEEDS = (0, 1, 2)
 BEST, REFERENCE = ([f"{{work}}/{name}-{seed}" for seed in SEEDS] for name in ("best", "reference"))
 AT_64_PX = "data.shards={work}/shards_64"
-LIKE_BEST = f"{AT_64_PX} image_size=64 epochs=12 precision=bf16"
+LIKE_BEST = f"{AT_64_PX} image_size=64 epochs=24 precision=bf16"
 
 SHARD_64 = "cxr-vae shard {data} {work}/shards_64 --image-size 64"
 SHARD_224 = "cxr-vae shard {data} {work}/shards_224"

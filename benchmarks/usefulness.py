@@ -28,12 +28,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.quality import shards_of
-from cxr_vae.audit_samples import Samples, from_folder
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.audit.samples import Samples, from_folder
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import SplitIndex
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.errors import UserError
-from cxr_vae.index import SplitIndex
 from cxr_vae.noise import BLOCK
-from cxr_vae.tars import Preprocessing
 from cxr_vae.workers import num_cores
 
 POSITIVE = "PNEUMONIA"
@@ -225,6 +225,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     directory = shards_of(arguments.data, arguments.shards, Preprocessing(224))
     indexes = {split: directory.split(split) for split in ("train", "test")}
+    if len(indexes["train"].classes) != 2 or POSITIVE not in indexes["train"].classes:
+        raise SystemExit(f"{arguments.shards}: this is for {POSITIVE} and one other class")
     counts = directory.manifest["splits"]["train"]["count_per_class"]
     of_train, of_test = (real(index, device) for index in indexes.values())
     size = int(directory.manifest["image_size"])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cxr_vae import __version__
-from cxr_vae.command_line import add_command, add_overrides, parse, positive, rank, run, seed, share
-from cxr_vae.data_commands import add_inspect, add_split
-from cxr_vae.sample_commands import add_generate, add_prior
-from cxr_vae.weights_commands import add_checkpoints, add_export
+from cxr_vae.commands.command_line import add_command, add_overrides, parse, positive, rank, run, seed, share
+from cxr_vae.commands.data import add_inspect, add_split
+from cxr_vae.commands.samples import add_generate, add_prior
+from cxr_vae.commands.weights import add_checkpoints, add_export
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def _add_phantom(commands: Any) -> None:
 
 def phantom(arguments: argparse.Namespace) -> int:
     """`cxr-vae phantom`."""
-    from cxr_vae.phantom_set import write_phantoms
+    from cxr_vae.phantoms.folder import write_phantoms
 
     counts = write_phantoms(arguments.out, arguments.num, arguments.seed, workers=arguments.workers)
     print(f"{arguments.out}: {sum(sum(split.values()) for split in counts.values())} phantoms, {in_words(counts)}")
@@ -110,8 +110,8 @@ def _add_shard(commands: Any) -> None:
 def shard(arguments: argparse.Namespace) -> int:
     """`cxr-vae shard`."""
     from cxr_vae.console import outlive_full_log_disk
-    from cxr_vae.shards import write_shards
-    from cxr_vae.tars import Preprocessing
+    from cxr_vae.data.shards import write_shards
+    from cxr_vae.data.tars import Preprocessing
 
     outlive_full_log_disk()
     directory = write_shards(
@@ -155,7 +155,7 @@ def train(arguments: argparse.Namespace) -> int:
     outlive_full_log_disk()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what `World.parallel` asks for
     config = load_config(arguments.config, arguments.overrides)  # before torch is loaded: mistakes show at once
-    from cxr_vae.train import train as run_training
+    from cxr_vae.training.train import train as run_training
 
     return 0 if run_training(config) else STOPPED_EXIT_CODE
 
@@ -176,9 +176,9 @@ def _add_evaluate(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`cxr-vae evaluate`."""
     from cxr_vae.console import outlive_full_log_disk
-    from cxr_vae.evaluate import evaluate as run_evaluation
-    from cxr_vae.report import figures_table
-    from cxr_vae.report_inputs import Results
+    from cxr_vae.evaluation.evaluate import evaluate as run_evaluation
+    from cxr_vae.report.inputs import Results
+    from cxr_vae.report.summary import figures_table
     from cxr_vae.run_dir import RunDir
 
     outlive_full_log_disk()
@@ -211,8 +211,8 @@ def _add_audit(commands: Any) -> None:
 
 def audit(arguments: argparse.Namespace) -> int:
     """`cxr-vae audit`."""
-    from cxr_vae.audit import audit as run_audit
-    from cxr_vae.audit_record import RECORD, in_short
+    from cxr_vae.audit.audit import audit as run_audit
+    from cxr_vae.audit.record import RECORD, in_short
     from cxr_vae.console import outlive_full_log_disk
     from cxr_vae.run_dir import RunDir
 
@@ -243,7 +243,7 @@ def _add_report(commands: Any) -> None:
 
 def report(arguments: argparse.Namespace) -> int:
     """`cxr-vae report`."""
-    from cxr_vae.report_command import report_runs
+    from cxr_vae.report.command import report_runs
 
     text, page = report_runs(arguments.runs, arguments.out)
     print(f"{text}\n\n{page}")
@@ -264,7 +264,7 @@ def _add_fetch_weights(commands: Any) -> None:
 
 def fetch_weights(arguments: argparse.Namespace) -> int:
     """`cxr-vae fetch-weights`."""
-    from cxr_vae.inception_weights import fetch_weights as run_fetching
+    from cxr_vae.evaluation.inception_weights import fetch_weights as run_fetching
 
     print(run_fetching(arguments.source, arguments.timeout))
     return 0

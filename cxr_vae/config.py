@@ -88,7 +88,7 @@ class ModelConfig(Section):
     latent_dim: int | None = Field(None, ge=1, description="conv: dimensions of the latent vector")
     latent_channels: int | None = Field(None, ge=1, description="residual: channels of the spatial latents")
     num_blocks: int | None = Field(None, ge=1, description="residual: blocks at each resolution")
-    num_classes: int = Field(0, ge=0, description="classes the decoder is told of; 0: none, it isn't told")
+    num_classes: int = Field(0, ge=0, description="classes the decoder is told of, as many as folders; 0: none")
 
     @model_validator(mode="before")
     @classmethod

@@ -174,7 +174,7 @@ def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[Worl
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostPeersError(_lost(store, here, str(error))) from error
         raise
-    gc.collect()  # see cxr_vae.train: a reference cycle would keep DistributedDataParallel
+    gc.collect()  # see cxr_vae.training.train: a reference cycle would keep DistributedDataParallel
     # Not in a `finally`: after an error the other ranks may hang in a collective, and destroying would wait for them.
     dist.destroy_process_group()
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cxr_vae.data.images import PNG_STRATEGY
 from cxr_vae.files import write_atomically
-from cxr_vae.images import PNG_STRATEGY
 
 
 def to_uint8(images: Tensor) -> Tensor:

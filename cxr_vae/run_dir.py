@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cxr_vae.checkpoint_manifest import published
+from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config import Config
 from cxr_vae.config_file import differences, dump_config, load_config
 from cxr_vae.errors import UserError

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cxr_vae import __version__
-from cxr_vae.command_line import add_command, add_overrides, parse, run
+from cxr_vae.commands.command_line import add_command, add_overrides, parse, run
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
-from launch import slurm
+from launch import slurm_commands
 from launch.logs import show
 from launch.records import Record, records_of
 from launch.status import OVER, as_json, look, runs_below, status_of, statuses, table
@@ -73,7 +73,7 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="FILE",
-        help="what the cluster gives, such as configs/cluster/….yaml (default: only what the configuration asks)",
+        help="what the cluster gives: a file, or the name of one in configs/cluster (default: what is asked)",
     )
 
 
@@ -175,7 +175,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 def end_jobs(records: Sequence[Record]) -> str | None:
     """Tells them to leave; None, or what stands against it."""
     queued = [record.job for record in records if record.facts().get("cluster") == "slurm"]
-    trouble = slurm.cancel(queued) if queued else None
+    trouble = slurm_commands.cancel(queued) if queued else None
     trouble = trouble and f"Slurm says: {trouble}"
     for record in records:
         process, host = record.process(), record.facts().get("host")
@@ -193,9 +193,9 @@ def _add_doctor(commands: Any) -> None:
         "doctor",
         doctor,
         "Checks what a job needs, on this machine and on the cluster's nodes, and says what to do about what is amiss.",
-        "cxr-launch doctor --profile configs/cluster/gpu_modules.yaml --nodes 2",
+        "cxr-launch doctor --profile gpu_modules --nodes 2",
     )
-    from cxr_vae.command_line import positive
+    from cxr_vae.commands.command_line import positive
 
     _add_where(parser)
     parser.add_argument("--nodes", type=positive, default=1, help="nodes to try, in a job of a minute")

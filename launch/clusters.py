@@ -20,7 +20,7 @@ import psutil
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import git_revision
 from cxr_vae.stopping import STOPPED_EXIT_CODE
-from launch import slurm
+from launch import slurm_commands
 from launch.profiles import Profile
 from launch.records import Record
 from launch.stages import Stage
@@ -213,7 +213,7 @@ class Slurm(Cluster):
                 after = f"afterok:{job}"
         except BaseException:
             if queued:
-                slurm.cancel(list(queued))  # all of a chain, or nothing
+                slurm_commands.cancel(list(queued))  # all of a chain, or nothing
             raise
         for job, stage in queued.items():
             self.record(stage, job, facts)
@@ -284,7 +284,7 @@ class Slurm(Cluster):
     def _executor(self, folder: Path, parameters: dict[str, Any]) -> Any:
         import submitit
 
-        if not slurm.controller_answers():
+        if not slurm_commands.controller_answers():
             raise UserError("no Slurm controller answers here: run this on a login node, or use --cluster local")
         Path(parameters["additional_parameters"]["output"]).parent.mkdir(parents=True, exist_ok=True)
         executor = submitit.SlurmExecutor(folder)
@@ -316,7 +316,7 @@ def submitting(stage: Stage, options: Mapping[str, Any]) -> Iterator[None]:
 def warn_of_waiting(jobs: Sequence[str]) -> None:
     """Says so where Slurm would let a job wait for ever, with its own reason."""
     time.sleep(SETTLING_S)
-    queue = slurm.queue() or {}
+    queue = slurm_commands.queue() or {}
     for job in jobs:
         if job in queue and queue[job].may_wait_for_ever:
             print(

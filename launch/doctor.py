@@ -16,7 +16,7 @@ from cxr_vae.config import Config, ResourcesConfig
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.run_dir import git_revision
-from launch import probe, slurm
+from launch import probe, slurm_commands
 from launch.clusters import Slurm, submitting
 from launch.logs import Tail
 from launch.probe import FAIL, OK, WARN, Finding, Probe, Words, counted
@@ -39,7 +39,7 @@ Fields = Mapping[str, str]
 
 def examine(where: str | None, profile_name: str | None, nodes: int, folder: Path) -> int:
     """Prints a line for each check, as soon as it is known; exit code 1 where one failed."""
-    where = where or ("slurm" if profile_name or slurm.controller_answers() else "local")
+    where = where or ("slurm" if profile_name or slurm_commands.controller_answers() else "local")
     if where != "slurm" and nodes > 1:
         raise UserError(f"--nodes={nodes}: this is one machine; use --cluster slurm")
     profile = load_profile(profile_name)
@@ -76,7 +76,7 @@ def of_this_machine(folder: Path, *, computes: bool) -> Iterator[Finding]:
 
 def weights_finding() -> Finding:
     """Whether an evaluation has the Inception weights."""
-    from cxr_vae.inception_weights import cache_path, find_weights
+    from cxr_vae.evaluation.inception_weights import cache_path, find_weights
 
     try:
         found = find_weights()
@@ -103,7 +103,7 @@ def controller_finding() -> Finding:
     if shutil.which("sbatch") is None:
         remedy = "run this on a login node (or `module load slurm`), or use --cluster local"
         return Finding(FAIL, "Slurm's commands are not on the PATH", remedy)
-    if not slurm.controller_answers():
+    if not slurm_commands.controller_answers():
         remedy = "look at `scontrol ping`; if it stays so, tell the administrators"
         return Finding(FAIL, "Slurm's controller doesn't answer", remedy)
     return Finding(OK, "Slurm's controller answers")
@@ -111,14 +111,14 @@ def controller_finding() -> Finding:
 
 def of_slurm(profile: Profile, nodes: int) -> Iterator[Finding]:
     """What Slurm says of itself, its partitions and us."""
-    config = fields_of(slurm.ask("scontrol", "show", "config") or "")
+    config = fields_of(slurm_commands.ask("scontrol", "show", "config") or "")
     yield Finding(OK, f"Slurm {config.get('SLURM_VERSION', '?')}, cluster {config.get('ClusterName', '?')}")
-    yield accounting_finding(slurm.accounting(["1"]) is not None, config)
+    yield accounting_finding(slurm_commands.accounting(["1"]) is not None, config)
     mine = ("where", f"user={getpass.getuser()}", "format=account,qos")
-    yield account_finding(profile, slurm.ask("sacctmgr", "-nP", "show", "assoc", *mine), config)
+    yield account_finding(profile, slurm_commands.ask("sacctmgr", "-nP", "show", "assoc", *mine), config)
     yield ending_finding(config)
-    partitions = records_of(slurm.ask("scontrol", "show", "partition", "--oneliner") or "")
-    listed = slurm.ask("sacctmgr", "-nP", "show", "qos", "format=name,preempt,preemptmode,gracetime") or ""
+    partitions = records_of(slurm_commands.ask("scontrol", "show", "partition", "--oneliner") or "")
+    listed = slurm_commands.ask("sacctmgr", "-nP", "show", "qos", "format=name,preempt,preemptmode,gracetime") or ""
     qos = {line.split("|")[0]: line.split("|")[1:] for line in listed.splitlines() if line.count("|") == 3}
     default = next((name for name, partition in partitions.items() if partition.get("Default") == "YES"), "")
     for name in (profile.partition or default).split(","):
@@ -126,7 +126,7 @@ def of_slurm(profile: Profile, nodes: int) -> Iterator[Finding]:
             text = f"no partition {name!r}" if name else "no partition named, and the cluster has no default"
             yield Finding(FAIL, text, f"name one as partition in the profile: {', '.join(partitions) or 'see sinfo'}")
             continue
-        listed = slurm.ask("sinfo", "-Nh", f"--partition={name}", "--format=%N|%c|%m|%G|%T") or ""
+        listed = slurm_commands.ask("sinfo", "-Nh", f"--partition={name}", "--format=%N|%c|%m|%G|%T") or ""
         yield from limits(profile, nodes, partitions[name], listed)
         yield from preemption(config, partitions[name], partitions, qos, profile.qos)
 
@@ -209,7 +209,7 @@ def limits(profile: Profile, nodes: int, partition: Fields, listed: str) -> Iter
         yield Finding(OK, f"partition {name} is up, and so are {up} of its nodes with {what} or more")
     if profile.max_nodes and nodes <= most < profile.max_nodes:
         yield Finding(WARN, f"max_nodes is {profile.max_nodes}, but partition {name} gives {most:.0f}", mend)
-    longest, hours = slurm.seconds(partition.get("MaxTime", "")), profile.max_hours or 24.0
+    longest, hours = slurm_commands.seconds(partition.get("MaxTime", "")), profile.max_hours or 24.0
     if longest is not None and longest < 3600 * hours:
         text = f"jobs ask for {hours:g} hours unless told otherwise, partition {name} allows {longest / 3600:g}"
         yield Finding(FAIL, text, f"set max_hours: {longest / 3600:g} in the profile")
@@ -231,7 +231,7 @@ def preemption(
         others = [key for key, (preempts, *_) in qos.items() if mine in preempts.split(",")]
         others += [mine] * ("within" in mode.lower())
         mode = config.get("PreemptMode", "OFF") if mode in ("", "cluster") else mode.upper()
-        grace = slurm.seconds(text) or 0.0
+        grace = slurm_commands.seconds(text) or 0.0
     if kind == "preempt/none" or mode == "OFF" or not others:
         yield Finding(OK, f"jobs in {name} are not preempted by others")
         return
@@ -339,7 +339,7 @@ class Trial:
         while trouble is None and not (self.stage.run / "ended").exists():
             time.sleep(1)
             self.words.take(tail.new_lines(), time.time())
-            queue = slurm.queue()
+            queue = slurm_commands.queue()
             mine = (queue or {}).get(self.job)
             state = mine.state if mine else "gone" if queue is not None else "not known"
             age = time.monotonic() - since.setdefault(state, time.monotonic())
@@ -347,7 +347,7 @@ class Trial:
                 self.waiting_at = time.time()
                 trouble = self.waits(mine, age)
             elif state in ("gone", "COMPLETING"):
-                state = slurm.job_fields(self.job).get("JobState", "not known")
+                state = slurm_commands.job_fields(self.job).get("JobState", "not known")
                 if age > (probe.VISIBLE_S if state == "COMPLETED" else 5):
                     trouble = self.failed(f"job {self.job} ended as {state} before it had told all")
             elif age > WAIT_S:
@@ -355,7 +355,7 @@ class Trial:
         self.words.take(tail.new_lines(), time.time())
         return trouble
 
-    def waits(self, queued: slurm.Queued, age: float) -> Finding | None:
+    def waits(self, queued: slurm_commands.Queued, age: float) -> Finding | None:
         """Where it has waited long enough, what Slurm says."""
         never = queued.may_wait_for_ever
         if age < (10 if never else WAIT_S):
@@ -392,6 +392,6 @@ class Trial:
     def end(self) -> None:
         """Leaves neither job nor files, but for the log of one that went wrong."""
         if self.job and not (self.stage.run / "ended").exists():
-            slurm.cancel([self.job])
+            slurm_commands.cancel([self.job])
         if not self.keep:
             shutil.rmtree(self.stage.run, ignore_errors=True)

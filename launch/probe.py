@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launch import slurm
+from launch import slurm_commands
 from launch.rank import identity
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -119,8 +119,8 @@ def look_at_torch() -> dict[str, Any]:
         import torch
         import torch.distributed
 
-        import cxr_vae.evaluate
-        import cxr_vae.train  # noqa: F401  # with all that they need
+        import cxr_vae.evaluation.evaluate
+        import cxr_vae.training.train  # noqa: F401  # with all that they need
     except Exception as error:
         return {"error": sentence(error)}
     with warnings.catch_warnings(record=True) as caught:
@@ -134,7 +134,7 @@ def look_at_torch() -> dict[str, Any]:
 
 def look_at_driver() -> dict[str, Any]:
     """The GPUs of this machine, whether or not torch can use them."""
-    return read_smi(slurm.ask("nvidia-smi", "-L") or "", slurm.ask("nvidia-smi") or "")
+    return read_smi(slurm_commands.ask("nvidia-smi", "-L") or "", slurm_commands.ask("nvidia-smi") or "")
 
 
 def read_smi(listed: str, table: str) -> dict[str, Any]:

@@ -24,7 +24,9 @@ class Profile(Section):
     max_nodes: int | None = Field(None, ge=1, description="nodes a job may have; null: Slurm says")
     gpus_per_node: int = Field(0, ge=0, description="GPUs a node has")
     gpu_option: str = Field("gpus-per-node={gpus}", description="how GPUs are asked for, as gres=gpu:a100:{gpus}")
-    cpus_per_node: int | None = Field(None, ge=1, description="cores a node has; null: Slurm says")
+    cpus_per_node: int | None = Field(
+        None, ge=1, description="cores a node has; null: a rank gets one unless the configuration says more"
+    )
     memory_gb: int | None = Field(None, ge=1, description="memory a node has; null: Slurm's default is taken")
     max_hours: float | None = Field(None, gt=0, description="longest time limit; null: Slurm says")
     signal_delay_s: int = Field(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cxr_vae.config import Config
 from cxr_vae.config_file import PRIOR_OPTIONS
+from cxr_vae.data.index import MANIFEST
 from cxr_vae.errors import UserError
-from cxr_vae.index import MANIFEST
 from cxr_vae.run_dir import RunDir
 
 UNITS = {"shard": "tars", "train": "steps", "prior": "steps and files", "evaluate": "files", "report": ""}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import launch
-from launch import slurm
+from launch import slurm_commands
 from launch.stages import Stage
 
 Processes = Sequence["subprocess.Popen[bytes]"]
@@ -145,7 +145,7 @@ class InSlurm(Starter):
     @property
     def job(self) -> str:
         """As squeue shows it."""
-        return slurm.job_id()
+        return slurm_commands.job_id()
 
     @property
     def allocation(self) -> int:
@@ -191,16 +191,16 @@ class InSlurm(Starter):
 
     def left_s(self) -> float | None:
         """As squeue says."""
-        jobs = slurm.queue()
+        jobs = slurm_commands.queue()
         return jobs[self.job].left_s if jobs and self.job in jobs else None
 
     def is_cancelled(self) -> bool:
         """Whether someone has used scancel."""
-        return slurm.is_cancelled(slurm.job_fields(self.job), self.allocation)
+        return slurm_commands.is_cancelled(slurm_commands.job_fields(self.job), self.allocation)
 
     def requeue(self) -> str | None:
         """Through scontrol."""
-        return slurm.requeue(self.job, self.allocation)
+        return slurm_commands.requeue(self.job, self.allocation)
 
 
 def rank_command(python: Sequence[str], stage: Stage, ends: Path, address: str, port: int | str) -> list[str]:
@@ -215,7 +215,7 @@ def own_address() -> str:
     with contextlib.suppress(OSError):
         socket.getaddrinfo(name, None, socket.AF_INET)
         return name
-    answer = slurm.ask("scontrol", "show", "node", "--oneliner", name) or ""
+    answer = slurm_commands.ask("scontrol", "show", "node", "--oneliner", name) or ""
     fields = dict(field.partition("=")[::2] for field in answer.split())
     return fields.get("NodeAddr", name)
 

@@ -14,7 +14,7 @@ from cxr_vae.console import clock
 from cxr_vae.errors import UserError
 from cxr_vae.heartbeat import STALE_AFTER_S, read_heartbeat
 from cxr_vae.run_dir import RunDir
-from launch import slurm
+from launch import slurm_commands
 from launch.records import Record, records_of
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
@@ -48,7 +48,7 @@ class Status:
 class Views:
     """What can be seen from outside of the files; None where it doesn't answer."""
 
-    queue: Mapping[str, slurm.Queued] | None
+    queue: Mapping[str, slurm_commands.Queued] | None
     accounting: Mapping[str, str] | None
 
 
@@ -57,7 +57,7 @@ def look(records: Sequence[Record]) -> Views:
     jobs = [record.job for record in records if record.facts().get("cluster") == "slurm"]
     if not jobs:
         return Views({}, {})
-    return Views(slurm.queue(), slurm.accounting(jobs))
+    return Views(slurm_commands.queue(), slurm_commands.accounting(jobs))
 
 
 def runs_below(paths: Sequence[Path]) -> list[RunDir]:

@@ -15,11 +15,11 @@ import psutil
 
 from cxr_vae.config import Config, ResourcesConfig, check_batch
 from cxr_vae.config_file import dump_config, load_config
+from cxr_vae.data.index import MANIFEST
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
-from cxr_vae.index import MANIFEST
 from cxr_vae.run_dir import RunDir
-from launch import slurm
+from launch import slurm_commands
 from launch.clusters import Cluster, Inline, Local, Slurm
 from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_options, shape_of
 from launch.stages import Shape, Stage, stages_of
@@ -108,7 +108,7 @@ class Submission:
         if {"prior", "evaluate"} & set(names) and "train" not in names and not run.weights.is_file():
             raise UserError(f"{run.path} holds no trained weights: train first, or use cxr-launch pipeline")
         if "prior" in names:
-            from cxr_vae.fit_prior import check_prior
+            from cxr_vae.training.fit_prior import check_prior
 
             check_prior(self.config)  # a pipeline would find out only after the training
         if "evaluate" in names:
@@ -116,7 +116,7 @@ class Submission:
             if self.config.needs_fitted_prior and "prior" not in names and not run.prior(name).is_file():
                 raise UserError(f"{run.path} has no {name} prior yet: fit it with cxr-launch prior")
             if self.config.evaluate.features == "inception":
-                from cxr_vae.inception_weights import require_weights
+                from cxr_vae.evaluation.inception_weights import require_weights
 
                 require_weights()  # a pipeline would find out only after the training
         if self.where == "slurm" and not self.profile.shared_disks:
@@ -126,7 +126,7 @@ class Submission:
 
 def choose_cluster(profile: str | None) -> str:
     """Slurm where its controller answers or a profile is named, else this machine."""
-    if profile is not None or slurm.controller_answers():
+    if profile is not None or slurm_commands.controller_answers():
         return "slurm"
     if shutil.which("sbatch") is not None:
         print(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
 from tests.helpers import TINY, cxr_vae, draw_source
 from tests.slurm_helpers import SlurmCluster, local_cluster
 

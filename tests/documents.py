@@ -89,10 +89,10 @@ def check_command(line: str) -> None:
 def check_call(program: str, words: list[str]) -> None:
     """The arguments of `cxr-vae` or `cxr-launch`: that they parse, and so do the configuration and the profile."""
     from cxr_vae.cli import build_parser as vae
-    from cxr_vae.command_line import parse
+    from cxr_vae.commands.command_line import parse
     from cxr_vae.config_file import PRIOR_OPTIONS
-    from cxr_vae.evaluate import MAY_OVERRIDE as OF_EVALUATION
-    from cxr_vae.fit_prior import MAY_OVERRIDE as OF_PRIOR
+    from cxr_vae.evaluation.evaluate import MAY_OVERRIDE as OF_EVALUATION
+    from cxr_vae.training.fit_prior import MAY_OVERRIDE as OF_PRIOR
     from launch.cli import build_parser as launcher
     from launch.profiles import load_profile
     from launch.sweeps import combinations, grid_of

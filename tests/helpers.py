@@ -21,18 +21,27 @@ TINY = (
 Mistake = tuple[int, str]
 
 
-def draw_source(root: Path, counts: dict[str, tuple[int, int]], seed: int = 0) -> None:
-    """Smooth grey JPEGs: counts[split] = (NORMAL, PNEUMONIA), with Kaggle's names."""
+CLASSES = ("NORMAL", "PNEUMONIA", "COVID")
+"""Those of drawn sources; the third only where it is asked for."""
+
+
+def draw_source(root: Path, counts: dict[str, tuple[int, ...]], seed: int = 0) -> None:
+    """Smooth grey JPEGs: counts[split] = (NORMAL, PNEUMONIA) or (NORMAL, PNEUMONIA, COVID), the first two with Kaggle's
+    names."""
     rng = np.random.default_rng(seed)
     number = 0
-    for split, (num_normal, num_pneumonia) in counts.items():
-        for label, count in (("NORMAL", num_normal), ("PNEUMONIA", num_pneumonia)):
+    for split, of_split in counts.items():
+        for label, count in zip(CLASSES, of_split, strict=False):
             folder = root / split / label
             folder.mkdir(parents=True, exist_ok=True)
             for _ in range(count):
                 number += 1
-                name = f"IM-{number:04d}-0001" if label == "NORMAL" else f"person{number // 2}_bacteria_{number}"
-                draw_image(rng, brighter=label == "PNEUMONIA").save(folder / f"{name}.jpeg", quality=92)
+                name = {
+                    "NORMAL": f"IM-{number:04d}-0001",
+                    "PNEUMONIA": f"person{number // 2}_bacteria_{number}",
+                    "COVID": f"covid {number}",
+                }[label]
+                draw_image(rng, brighter=label != "NORMAL").save(folder / f"{name}.jpeg", quality=92)
 
 
 def draw_image(rng: np.random.Generator, *, brighter: bool = False) -> Image.Image:

@@ -17,15 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cxr_vae import parts, reader
+from cxr_vae.checkpoints import parts
 from cxr_vae.config_file import load_config
 from cxr_vae.console import Progress
-from cxr_vae.dataset import open_dataset, open_split
+from cxr_vae.data import reader
+from cxr_vae.data.dataset import open_dataset, open_split
 from cxr_vae.distributed import World, world
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
-from cxr_vae.train import Training, train
+from cxr_vae.training.train import Training, train
 from tests.helpers import TINY
 
 

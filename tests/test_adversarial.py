@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from cxr_vae.adversarial import (
+from cxr_vae.config_file import load_config
+from cxr_vae.losses.adversarial import (
     LARGEST_WEIGHT,
     adaptive_weight,
     feature_matching_loss,
     generator_loss,
     hinge_discriminator_loss,
 )
-from cxr_vae.config_file import load_config
 from cxr_vae.models import build_discriminator
 
 CONFIG = load_config(None, ["adversarial_weight=1", "adversarial_channels=4"])

@@ -7,15 +7,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cxr_vae.audit import audit
-from cxr_vae.audit_samples import choose_samples
+from cxr_vae.audit.audit import audit
+from cxr_vae.audit.samples import choose_samples
 from cxr_vae.config_file import override_config
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import world
 from cxr_vae.errors import UserError
-from cxr_vae.generate import generate
-from cxr_vae.index import ShardDirectory
 from cxr_vae.run_dir import RunDir
+from cxr_vae.sampling.generate import generate
 from tests.audit_images import draw_images, shifted
 from tests.helpers import check_sentence, cxr_vae
 

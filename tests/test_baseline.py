@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.baseline import VAE, vae_loss
 from cxr_vae.config_file import load_config
-from cxr_vae.losses import negative_elbo
+from cxr_vae.losses.elbo import negative_elbo
 from cxr_vae.models import build_model
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import read_epochs
+from cxr_vae.training.run_log import read_epochs
 from tests.helpers import cxr_vae, environment
 from tests.test_train import arguments
 

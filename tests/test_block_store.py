@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxr_vae.block_store import BlockStore
+from cxr_vae.evaluation.block_store import BlockStore
 
 
 def block(start: int, num: int = 64) -> dict[str, torch.Tensor]:

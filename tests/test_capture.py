@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
 from cxr_vae.noise import normal
-from cxr_vae.schedules import kl_weight, learning_rate
-from cxr_vae.state import TrainState
-from cxr_vae.vae_step import VaeStep
+from cxr_vae.training.schedules import kl_weight, learning_rate
+from cxr_vae.training.vae_step import VaeStep
 
 pytestmark = pytest.mark.gpu
 

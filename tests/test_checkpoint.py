@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cxr_vae import checkpoint, parts
-from cxr_vae.checkpoint import Checkpoints, best_of
-from cxr_vae.checkpoint_manifest import name_of, published
+from cxr_vae.checkpoints import parts
+from cxr_vae.checkpoints import saving as checkpoint
+from cxr_vae.checkpoints.manifest import name_of, published
+from cxr_vae.checkpoints.parts import read_tensors
+from cxr_vae.checkpoints.saving import Checkpoints, best_of
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.parts import read_tensors
-from cxr_vae.schedules import ema_share
-from cxr_vae.state import TrainState
+from cxr_vae.training.schedules import ema_share
 from tests.helpers import TINY
 from tests.ranks import on_ranks
 

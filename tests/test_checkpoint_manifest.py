@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vae import checkpoint_manifest
-from cxr_vae.checkpoint_manifest import find_fault
+from cxr_vae.checkpoints import manifest as checkpoint_manifest
+from cxr_vae.checkpoints.manifest import find_fault
 from tests.test_checkpoint import advance, assert_equal, checkpoints, flip, name_of, new_state, save
 
 PART = "shard-00001.safetensors"

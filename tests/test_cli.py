@@ -98,7 +98,7 @@ def test_config_shows_the_resolved_options() -> None:
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     code = (
-        "from cxr_vae.command_line import run; import argparse; "
+        "from cxr_vae.commands.command_line import run; import argparse; "
         "run(lambda arguments: 1 // 0, argparse.Namespace(), 'cxr-vae')"
     )
     result = subprocess.run(

@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_vae import reader
 from cxr_vae.config import DataConfig
-from cxr_vae.dataset import XrayDataset, free_memory, num_bytes, open_dataset, open_split, read_ahead
+from cxr_vae.data import reader
+from cxr_vae.data.dataset import XrayDataset, free_memory, num_bytes, open_dataset, open_split, read_ahead
+from cxr_vae.data.images import decode_grey, to_square
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.reader import ShardReader
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.stream import TrainingStream
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.images import decode_grey, to_square
-from cxr_vae.index import ShardDirectory
-from cxr_vae.reader import ShardReader
-from cxr_vae.shards import write_shards
-from cxr_vae.stream import TrainingStream
-from cxr_vae.tars import Preprocessing
 from tests.ranks import on_ranks
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -117,9 +117,9 @@ def test_open_dataset_checks_the_size_and_chooses_the_loading(shards: Path) -> N
 def test_what_does_not_fit_is_read_from_the_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(shards=str(shards), image_size=32)
     index = open_split(config, "train")
-    monkeypatch.setattr("cxr_vae.dataset.free_memory", lambda: 2 * num_bytes(index))
+    monkeypatch.setattr("cxr_vae.data.dataset.free_memory", lambda: 2 * num_bytes(index))
     assert open_dataset(config, index, ALONE).place == "memory"
-    monkeypatch.setattr("cxr_vae.dataset.free_memory", lambda: 2 * num_bytes(index) - 1)
+    monkeypatch.setattr("cxr_vae.data.dataset.free_memory", lambda: 2 * num_bytes(index) - 1)
     assert open_dataset(config, index, ALONE).place == "shards"
     assert open_dataset(config.model_copy(update={"loading": "memory"}), index, ALONE).place == "memory"
 
@@ -154,7 +154,7 @@ def test_blocks_are_read_once_an_epoch_by_few_large_reads(shards: Path, counted:
 
 
 def test_only_so_many_blocks_are_kept(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cxr_vae.reader.WINDOW", 2)
+    monkeypatch.setattr("cxr_vae.data.reader.WINDOW", 2)
     reader = ShardReader(ShardDirectory.open(shards).split("train"), block=4)
     for row in range(70):
         reader.read(row)
@@ -175,9 +175,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    monkeypatch.setattr("cxr_vae.reader.decode", counting("decode", reader.decode))
-    monkeypatch.setattr("cxr_vae.reader.FileIO", counting("open", reader.FileIO))
-    monkeypatch.setattr("cxr_vae.reader.os.pread", counting("pread", os.pread))
+    monkeypatch.setattr("cxr_vae.data.reader.decode", counting("decode", reader.decode))
+    monkeypatch.setattr("cxr_vae.data.reader.FileIO", counting("open", reader.FileIO))
+    monkeypatch.setattr("cxr_vae.data.reader.os.pread", counting("pread", os.pread))
     return counts
 
 

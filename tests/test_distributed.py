@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cxr_vae.distributed import World, _backend
-from cxr_vae.run_log import read_records
+from cxr_vae.training.run_log import read_records
 from tests.ranks import on_ranks
 
 

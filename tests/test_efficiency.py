@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cxr_vae.config_file import load_config
-from cxr_vae.efficiency import flops_per_image
 from cxr_vae.precision import peak_flops
-from cxr_vae.run_log import read_records
-from cxr_vae.stopwatch import KINDS, Stopwatch
+from cxr_vae.training.efficiency import flops_per_image
+from cxr_vae.training.run_log import read_records
+from cxr_vae.training.stopwatch import KINDS, Stopwatch
 from tests.helpers import check_sentence, cxr_vae
 from tests.test_train import arguments, assert_same_result
 

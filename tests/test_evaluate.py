@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vae.dataset import XrayDataset
-from cxr_vae.index import ShardDirectory
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import read_epochs
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.training.run_log import read_epochs
 from tests.helpers import check_sentence, command, cxr_vae, environment
 
 OPTIONS = ("features=random", "num_generated=70", "num_real=40", "is_splits=4")

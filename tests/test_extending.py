@@ -92,8 +92,8 @@ def test_the_charbonnier_term_is_added_to_the_loss(extended: Path) -> None:
     code = """if True:
         import torch
         from cxr_vae.config import ObjectiveConfig
-        from cxr_vae.losses import Output
-        from cxr_vae.objective import objective
+        from cxr_vae.losses.elbo import Output
+        from cxr_vae.losses.objective import objective
 
         images = torch.tensor([0.5, 0.0])[:, None, None, None].expand(2, 1, 2, 2)
         output = Output(torch.zeros(2, 1, 2, 2), torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(()))
@@ -111,7 +111,7 @@ def test_what_was_changed_is_clean(extended: Path) -> None:
     there = [path.relative_to(extended) for path in extended.rglob("*.py")]
     same = [path for path in there if (ROOT / path).is_file() and filecmp.cmp(ROOT / path, extended / path, False)]
     changed = sorted(set(there) - set(same))
-    assert len(changed) >= 10
+    assert len(changed) >= 9
     for words in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
         done = subprocess.run([ruff, *words, *changed], cwd=extended, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout

@@ -8,8 +8,8 @@ from PIL import Image
 
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
-from cxr_vae.features import Features, build_inception, choose_network, load_network
-from cxr_vae.metrics import compare
+from cxr_vae.evaluation.features import Features, build_inception, choose_network, load_network
+from cxr_vae.evaluation.metrics import compare
 from tests.helpers import draw_image
 
 
@@ -74,7 +74,9 @@ def test_random_network_is_the_same_each_time_and_tells_sets_apart(images) -> No
 def test_random_is_chosen_only_where_it_was_asked_for(monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert choose_network("random") == "random"
-    monkeypatch.setattr("cxr_vae.inception_weights.URL", "http://127.0.0.1:9/none.pth")  # nobody listens there
+    monkeypatch.setattr(
+        "cxr_vae.evaluation.inception_weights.URL", "http://127.0.0.1:9/none.pth"
+    )  # nobody listens there
     assert choose_network("auto") == "random"
     assert "no Inception weights here" in capsys.readouterr().out
 
@@ -84,7 +86,7 @@ def test_a_network_of_ones_own(images, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = torchvision.models.densenet121(weights=None).eval()
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    name = "cxr_vae.torchvision_features:densenet121"
+    name = "cxr_vae.evaluation.torchvision_features:densenet121"
     ours = load_network(name, torch.device("cpu"), str(tmp_path / "weights.pth"))
     features = ours(images["a"][:4])
     assert features.logits is None

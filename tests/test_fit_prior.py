@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from cxr_vae.config_file import load_config
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import World
-from cxr_vae.export import load_vae
 from cxr_vae.files import sha256_of
-from cxr_vae.index import ShardDirectory
-from cxr_vae.latents import encode_split
 from cxr_vae.noise import BLOCK, normal, uniform
 from cxr_vae.run_dir import RunDir
-from cxr_vae.sampler import open_sampler
+from cxr_vae.sampling.sampler import open_sampler
+from cxr_vae.training.latents import encode_split
+from cxr_vae.weights import load_vae
 from tests.helpers import check_sentence, cxr_vae
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))

@@ -5,9 +5,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cxr_vae.export import load_vae, save_vae
 from cxr_vae.noise import normal
 from cxr_vae.pictures import to_uint8
+from cxr_vae.weights import load_vae, save_vae
 from tests.helpers import check_sentence, cxr_vae
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vae.run_log import read_records
-from cxr_vae.shards import write_shards
-from cxr_vae.tars import Preprocessing
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
+from cxr_vae.training.run_log import read_records
 from tests.helpers import cxr_vae
 
 GOLDEN = Path(__file__).parent / "golden" / "curve.json"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxr_vae.checkpoint_manifest import published
-from cxr_vae.guard import describe_nonfinite, gradient_norm
-from cxr_vae.run_log import read_records
+from cxr_vae.checkpoints.manifest import published
+from cxr_vae.training.guard import describe_nonfinite, gradient_norm
+from cxr_vae.training.run_log import read_records
 from tests.helpers import command, environment, processes_with, with_patch
 from tests.ranks import on_ranks
 from tests.test_train import arguments
@@ -87,7 +87,7 @@ def test_a_rank_that_is_killed_ends_the_others_in_seconds(shards: Path, tmp_path
     assert processes_with(f"run_dir={tmp_path / 'run'}") == []
     told = (tmp_path / "log").read_text()
     assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+", told[-600:])  # torchrun's last words
-    assert "cxr_vae/train.py" not in told  # no traceback of those that had to follow
+    assert "cxr_vae/training/train.py" not in told  # no traceback of those that had to follow
 
 
 def test_a_rank_that_stalls_is_named(shards: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_last_words_under_torchrun_are_the_failed_ranks(shards: Path, tmp_pa
 BUG_ON_RANK_1 = """
 import os
 if os.environ.get("RANK") == "1":
-    import cxr_vae.schedules as schedules
+    import cxr_vae.training.schedules as schedules
     def kl_weight(step, config):
         if step == 3:
             raise ZeroDivisionError("a bug on rank 1")

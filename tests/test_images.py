@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_vae.images import UnreadableImageError, decode_grey, to_square
+from cxr_vae.data.images import UnreadableImageError, decode_grey, to_square
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(30, 40).astype(np.uint8)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch_fidelity.feature_extractor_inceptionv3
 
-from cxr_vae import inception_weights
 from cxr_vae.errors import UserError
-from cxr_vae.inception_weights import cache_path, fetch_weights, find_weights
+from cxr_vae.evaluation import inception_weights
+from cxr_vae.evaluation.inception_weights import cache_path, fetch_weights, find_weights
 from tests.helpers import check_sentence, command, environment
 
 CONTENT = b"stands for the real file, which no test machine can download" * 100

@@ -12,13 +12,13 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import mannwhitneyu
 
-from cxr_vae.duplicates import aligned_correlation, candidate_pairs, equal_groups, near_pairs, small_copies
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.errors import UserError
-from cxr_vae.index import ShardDirectory
-from cxr_vae.inspection import inspect_shards, most_telling
-from cxr_vae.shards import write_shards
-from cxr_vae.survey import constant_borders, letterbox_bars, survey
-from cxr_vae.tars import Preprocessing
+from cxr_vae.inspection.duplicates import aligned_correlation, candidate_pairs, equal_groups, near_pairs, small_copies
+from cxr_vae.inspection.inspect import inspect_shards, most_telling
+from cxr_vae.inspection.survey import constant_borders, letterbox_bars, survey
 from tests.helpers import cxr_vae, draw_source
 
 SIDE = 128
@@ -196,7 +196,7 @@ def test_images_too_smooth_to_be_told_apart_are_said_to_be_so(tmp_path: Path) ->
 
 
 def test_candidates_are_those_of_the_whole_correlation_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cxr_vae.duplicates.BLOCK", 7)
+    monkeypatch.setattr("cxr_vae.inspection.duplicates.BLOCK", 7)
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     copies = points / points.norm(dim=1, keepdim=True)
     matrix = np.triu((copies @ copies.T).numpy(), 1)

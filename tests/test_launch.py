@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cxr_vae.checkpoint_manifest import published
+from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config_file import dump_config, load_config
 from launch.clusters import submitting
 from launch.stages import Stage
@@ -206,7 +206,9 @@ class TestLocal:
 
     def test_a_bug_is_not_tried_for_ever(self, shards: Path, tmp_path: Path) -> None:
         code = (
-            "import cxr_vae.losses\ndef bug(*_): raise ZeroDivisionError('a bug')\ncxr_vae.losses.negative_elbo = bug\n"
+            "import cxr_vae.losses.elbo as elbo\n"
+            "def bug(*_): raise ZeroDivisionError('a bug')\n"
+            "elbo.negative_elbo = bug\n"
         )
         told = trainings(shards, tmp_path, "processes_per_node=1")
         result = subprocess.run(

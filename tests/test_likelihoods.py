@@ -8,8 +8,8 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from cxr_vae.likelihoods import LIKELIHOODS
-from cxr_vae.losses import Output, negative_elbo
+from cxr_vae.losses.elbo import Output, negative_elbo
+from cxr_vae.losses.likelihoods import LIKELIHOODS
 
 LEVELS = torch.arange(256) / 255
 LOGITS = [-200.0, -12.0, -3.0, -0.21, -0.19, -1e-3, 0.0, 1e-6, 0.1, 0.5, 4.0, 30.0]

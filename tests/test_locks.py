@@ -10,7 +10,7 @@ import pytest
 
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
-from cxr_vae.run_log import read_records
+from cxr_vae.training.run_log import read_records
 from tests.helpers import check_sentence, command, cxr_vae, environment
 from tests.test_train import arguments
 

@@ -7,9 +7,8 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from cxr_vae.audit_rows import same_person
-from cxr_vae.fingerprints import Fingerprints, small_copies
-from cxr_vae.memorisation import (
+from cxr_vae.audit.fingerprints import Fingerprints, small_copies
+from cxr_vae.audit.memorisation import (
     CopiesTest,
     chance_of_a_closer_one,
     copies_test,
@@ -18,7 +17,8 @@ from cxr_vae.memorisation import (
     matched_share,
     nearness_ratios,
 )
-from cxr_vae.neighbours import Neighbours, Search, feature_space, likened, likened_vectors, merge, pixel_space
+from cxr_vae.audit.neighbours import Neighbours, Search, feature_space, likened, likened_vectors, merge, pixel_space
+from cxr_vae.audit.rows import same_person
 from tests.audit_images import draw_images, shifted
 
 LEVEL = level_of_a_test(2)

@@ -8,8 +8,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
-from cxr_vae.features import Features
-from cxr_vae.metrics import (
+from cxr_vae.evaluation.features import Features
+from cxr_vae.evaluation.metrics import (
     Pairs,
     called,
     check_counts,

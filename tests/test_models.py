@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from cxr_vae.commands.export import Decoder
 from cxr_vae.config_file import load_config
-from cxr_vae.efficiency import flops_per_image
-from cxr_vae.likelihoods import LIKELIHOODS
-from cxr_vae.losses import negative_elbo
+from cxr_vae.losses.elbo import negative_elbo
+from cxr_vae.losses.likelihoods import LIKELIHOODS
 from cxr_vae.models import MODELS, VAE, build_model
 from cxr_vae.models.blocks import Attention, ResidualBlock
-from cxr_vae.run_export import Decoder
+from cxr_vae.training.efficiency import flops_per_image
 
 
 def test_the_reference_model_is_the_reference() -> None:

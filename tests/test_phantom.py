@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxr_vae.errors import UserError
-from cxr_vae.phantom import draw_phantom
-from cxr_vae.phantom_anatomy import Anatomy
-from cxr_vae.phantom_set import MARKER, write_phantoms
+from cxr_vae.phantoms.anatomy import Anatomy
+from cxr_vae.phantoms.drawing import draw_phantom
+from cxr_vae.phantoms.folder import MARKER, write_phantoms
 
 NUM, SEED = 12, 3
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_layout_and_names(reference: dict[str, bytes]) -> None:
 
 
 def test_the_plan_of_a_large_set() -> None:
-    from cxr_vae.phantom_set import _plan
+    from cxr_vae.phantoms.folder import _plan
 
     plan = _plan(600, 0)
     split_of = defaultdict(set)
@@ -95,7 +95,7 @@ def test_the_plan_of_a_large_set() -> None:
 
 @pytest.mark.parametrize("num", range(12, 40))
 def test_no_folder_is_empty(num: int) -> None:
-    from cxr_vae.phantom_set import _plan
+    from cxr_vae.phantoms.folder import _plan
 
     assert len({path.rsplit("/", 1)[0] for path, _ in _plan(num, 1)}) == 6
 
@@ -116,7 +116,7 @@ def test_two_workers_and_a_second_call_give_the_same_bytes(reference: dict[str, 
 @contextmanager
 def running(out: Path, num: int, images: int) -> Iterator["subprocess.Popen[str]"]:
     """A process, leader of its own group, that writes a set with two workers and has some images done."""
-    code = f"from cxr_vae.phantom_set import write_phantoms; write_phantoms({str(out)!r}, {num}, {SEED}, workers=2)"
+    code = f"from cxr_vae.phantoms.folder import write_phantoms; write_phantoms({str(out)!r}, {num}, {SEED}, workers=2)"
     run = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
     )
@@ -268,6 +268,6 @@ def test_other_arguments_than_before(tmp_path: Path, reference: dict[str, bytes]
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, cxr_vae.phantom_set; print(sorted({'torch', 'matplotlib', 'scipy'} & sys.modules.keys()))"
+    code = "import sys, cxr_vae.phantoms.folder; print(sorted({'torch', 'matplotlib', 'scipy'} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"

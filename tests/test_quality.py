@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from benchmarks import quality, usefulness
 from benchmarks.lite0 import lite0, resized
-from cxr_vae.audit_samples import from_folder
-from cxr_vae.dataset import XrayDataset
+from cxr_vae.audit.samples import from_folder
+from cxr_vae.data.dataset import XrayDataset
+from cxr_vae.data.index import ShardDirectory
 from cxr_vae.errors import UserError
-from cxr_vae.export import load_vae
-from cxr_vae.image_sets import rows_of
-from cxr_vae.index import ShardDirectory
-from cxr_vae.metrics import frechet_distance
+from cxr_vae.evaluation.image_sets import rows_of
+from cxr_vae.evaluation.metrics import frechet_distance
+from cxr_vae.weights import load_vae
 
 
 class Coarse(nn.Module):

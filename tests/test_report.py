@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cxr_vae.files import sha256_of, write_json
-from cxr_vae.report_command import report_runs
+from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
 from tests.page_helpers import read_page, section, tables, text_of
 from tests.report_runs import RESULTS, ROOT, as_number, changed, full_run, make_run

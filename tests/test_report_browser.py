@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_vae.report_command import report_runs
+from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
 from tests.browser_helpers import chromium
 from tests.report_runs import RESULTS, full_run, make_run

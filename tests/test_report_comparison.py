@@ -5,7 +5,7 @@ import pytest
 
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.errors import UserError
-from cxr_vae.report_command import report_runs
+from cxr_vae.report.command import report_runs
 from tests.helpers import cxr_vae
 from tests.page_helpers import read_page, section, tables, text_of
 from tests.report_runs import RESULTS, changed, make_run

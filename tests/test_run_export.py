@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cxr_vae.checkpoint import best_of
-from cxr_vae.checkpoint_manifest import published
-from cxr_vae.export import load_vae
+from cxr_vae.checkpoints.manifest import published
+from cxr_vae.checkpoints.parts import read_tensors
+from cxr_vae.checkpoints.saving import best_of
 from cxr_vae.models import build_model
-from cxr_vae.parts import read_tensors
+from cxr_vae.weights import load_vae
 from tests.helpers import check_sentence, cxr_vae
 from tests.test_train import arguments
 

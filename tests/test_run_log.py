@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from cxr_vae.run_dir import RunDir
-from cxr_vae.run_log import RunLog, cut_after, read_records
-from cxr_vae.stopwatch import Stopwatch
+from cxr_vae.training.run_log import RunLog, cut_after, read_records
+from cxr_vae.training.stopwatch import Stopwatch
 
 
 def lines(*steps: int) -> bytes:

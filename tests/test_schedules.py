@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from cxr_vae.config import ObjectiveConfig, OptimizerConfig
-from cxr_vae.schedules import ema_share, kl_weight, learning_rate
+from cxr_vae.training.schedules import ema_share, kl_weight, learning_rate
 
 
 def test_constant_without_warmup() -> None:

@@ -17,11 +17,11 @@ import pytest
 import webdataset
 from PIL import Image
 
+from cxr_vae.data.images import decode_grey, to_square
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.shards import num_shards, write_shards
+from cxr_vae.data.tars import Entry, Preprocessing, Shard, read_entries
 from cxr_vae.errors import UserError
-from cxr_vae.images import decode_grey, to_square
-from cxr_vae.index import ShardDirectory
-from cxr_vae.shards import num_shards, write_shards
-from cxr_vae.tars import Entry, Preprocessing, Shard, read_entries
 from tests.helpers import check_sentence, command, cxr_vae, draw_source, environment
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import same
-from cxr_vae.checkpoint_manifest import published
+from cxr_vae.checkpoints.manifest import published
 from tests.helpers import TINY, check_sentence, command
 from tests.slurm_helpers import SlurmCluster, wait_until
 

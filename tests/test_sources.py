@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from cxr_vae.data.sources import SourceImage, keys_of, patient_of, scan
 from cxr_vae.errors import UserError
-from cxr_vae.sources import SourceImage, keys_of, patient_of, scan
 from tests.helpers import draw_source
 
 

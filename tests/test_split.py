@@ -10,14 +10,14 @@ import pytest
 
 from cxr_vae.cli import build_parser
 from cxr_vae.config import Config, DataConfig
-from cxr_vae.dataset import open_split
+from cxr_vae.data.dataset import open_split
+from cxr_vae.data.index import ShardDirectory
+from cxr_vae.data.make_split import divide, parse_fractions
+from cxr_vae.data.shards import write_shards
+from cxr_vae.data.sources import Layout, SourceImage, scan
+from cxr_vae.data.split_file import read_split_file, write_split_file
+from cxr_vae.data.tars import Preprocessing
 from cxr_vae.errors import UserError
-from cxr_vae.index import ShardDirectory
-from cxr_vae.shards import write_shards
-from cxr_vae.sources import Layout, SourceImage, scan
-from cxr_vae.splits import read_split_file, write_split_file
-from cxr_vae.splitting import divide, parse_fractions
-from cxr_vae.tars import Preprocessing
 from launch.stages import Shape, shard_stage
 from tests.helpers import check_sentence, cxr_vae, draw_source
 

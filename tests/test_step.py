@@ -9,17 +9,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cxr_vae.checkpoints.ema import Ema
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
-from cxr_vae.ema import Ema
-from cxr_vae.guard import UnseenOutcomes
-from cxr_vae.losses import negative_elbo
+from cxr_vae.losses.elbo import negative_elbo
 from cxr_vae.models import build_model
 from cxr_vae.run_dir import RunDir
-from cxr_vae.state import TrainState
 from cxr_vae.stopping import StopSignal
-from cxr_vae.train import Training
-from cxr_vae.vae_step import VaeStep
+from cxr_vae.training.guard import UnseenOutcomes
+from cxr_vae.training.train import Training
+from cxr_vae.training.vae_step import VaeStep
 from tests.helpers import TINY
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cxr_vae.checkpoint_manifest import published
-from cxr_vae.run_log import read_records
+from cxr_vae.checkpoints.manifest import published
 from cxr_vae.stopping import STOPPED_EXIT_CODE, StopSignal
+from cxr_vae.training.run_log import read_records
 from tests.helpers import command, cxr_vae, environment, with_patch
 from tests.test_train import arguments
 
@@ -105,7 +105,7 @@ def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None
 SLOW_DISK = """
 import sys
 if "train" in sys.orig_argv:
-    import time, cxr_vae.parts as parts
+    import time, cxr_vae.checkpoints.parts as parts
     parts.write_tensors = lambda *arguments: time.sleep(600)
 """
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cxr_vae.stream import WINDOW, TrainingStream
+from cxr_vae.data.stream import WINDOW, TrainingStream
 
 
 def test_an_epoch_holds_every_image_once() -> None:

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cxr_vae.checkpoint_manifest import published
+from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config_file import load_config
-from cxr_vae.export import load_vae
-from cxr_vae.index import ShardDirectory
-from cxr_vae.run_log import read_records
+from cxr_vae.data.index import ShardDirectory
 from cxr_vae.stopping import STOPPED_EXIT_CODE
+from cxr_vae.training.run_log import read_records
+from cxr_vae.weights import load_vae
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, processes_with
 
 

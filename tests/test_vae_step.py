@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cxr_vae.adversarial import SMALLEST_NORM
+from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config_file import load_config
-from cxr_vae.run_log import read_records
-from cxr_vae.state import TrainState
-from cxr_vae.vae_step import VaeStep
+from cxr_vae.losses.adversarial import SMALLEST_NORM
+from cxr_vae.training.run_log import read_records
+from cxr_vae.training.vae_step import VaeStep
 from tests.ranks import on_ranks
 from tests.test_step import ALONE, CountLooks, CountOps
 

@@ -13,7 +13,10 @@ from pathlib import Path
 MOULD = multiprocessing.get_context("forkserver")
 """A process that has imported what a command imports, and is copied for each."""
 MOULD.set_forkserver_preload(
-    ["cxr_vae.train", "cxr_vae.evaluate", "cxr_vae.shards", "torch._dynamo", "torch.distributed.checkpoint"]
+    [
+        *("cxr_vae.training.train", "cxr_vae.evaluation.evaluate", "cxr_vae.data.shards"),
+        *("torch._dynamo", "torch.distributed.checkpoint"),
+    ]
 )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from cxr_vae.config import Config
-from cxr_vae.losses import Output
+from cxr_vae.losses.elbo import Output
 from cxr_vae.models.base import VAE
 from cxr_vae.models.conv import ConvVAE
 from cxr_vae.models.discriminator import PatchDiscriminator

@@ -5,8 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from cxr_vae.likelihoods import LIKELIHOODS
-from cxr_vae.losses import LOGVAR_RANGE, Output
+from cxr_vae.losses.elbo import LOGVAR_RANGE, Output
+from cxr_vae.losses.likelihoods import LIKELIHOODS
 
 
 class VAE(nn.Module, ABC):

@@ -12,8 +12,8 @@ import torch
 from cxr_vae.config import PriorConfig
 from cxr_vae.config_file import SAMPLING
 from cxr_vae.errors import UserError
-from cxr_vae.export import opened, save_weights
 from cxr_vae.priors import PRIORS, Prior
+from cxr_vae.weights import opened, save_weights
 
 WORDS = {
     "missing": "is missing: fit it with `cxr-vae prior`",

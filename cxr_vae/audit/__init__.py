@@ -1,0 +1,1 @@
+"""Does a model hand out its training images? `cxr-vae audit`."""

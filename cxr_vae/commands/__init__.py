@@ -1,0 +1,1 @@
+"""What each command of `cxr-vae` does with its arguments."""

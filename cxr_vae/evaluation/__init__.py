@@ -1,0 +1,1 @@
+"""What images are worth: feature networks, measures, and `cxr-vae evaluate`."""

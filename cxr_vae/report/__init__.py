@@ -1,0 +1,1 @@
+"""What `cxr-vae report` shows, on the screen and as a page."""

@@ -1,0 +1,244 @@
+"""What a report is made from: the files of a run, checked, a sentence in place of each that is missing."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cxr_vae.checkpoints.manifest import MANIFEST as CHECKPOINT_MANIFEST
+from cxr_vae.checkpoints.manifest import published
+from cxr_vae.config import OPTIONS
+from cxr_vae.data.index import MANIFEST
+from cxr_vae.errors import UserError
+from cxr_vae.files import read_json, sha256_of
+from cxr_vae.run_dir import RunDir
+from cxr_vae.training.run_log import read_epochs, read_records
+
+AUDIT, INSPECTION = "memorisation.json", "inspection.json"
+
+Facts = dict[str, Any]
+
+
+class _Read(BaseModel):
+    """What is read from a file: types are checked, what we don't know is kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class FigureRecord(_Read):
+    """A figure; a floor where it has one."""
+
+    value: float
+    interval_95: tuple[float, float] | None = None
+    floor: float | None = None
+    floor_interval_95: tuple[float, float] | None = None
+
+
+class Reconstructions(_Read):
+    """Figures of reconstructed test images."""
+
+    figures: dict[str, FigureRecord]
+    num: int | None = None
+
+
+class Results(_Read):
+    """evaluation_results.json."""
+
+    figures: dict[str, FigureRecord]
+    reconstructions: Reconstructions | None = None
+    likelihood: dict[str, FigureRecord] | None = None
+    latent: Facts = {}
+    num_generated: int | None = None
+    num_real: int | None = None
+    num_floor: int | None = None
+    generated: Facts = {}
+    real: Facts = {}
+    floor: Facts = {}
+    features: Facts = {}
+    image_size: int | None = None
+    interval: str = ""
+    versions: Facts = {}
+    request: Facts = {}
+
+
+class Finding(_Read):
+    """A sentence and how serious it is: `ok`, `note` or `warning`."""
+
+    level: str
+    text: str
+
+
+class RecordTable(_Read):
+    """A table of a record."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str | bool | int | float | None]]
+
+
+class RecordPicture(_Read):
+    """A picture of a record, relative to the record's file."""
+
+    title: str
+    file: str
+
+
+class Record(_Read):
+    """What every record has that can be shown: memorisation.json and inspection.json."""
+
+    tables: list[RecordTable] = []
+    findings: list[Finding] = []
+    pictures: list[RecordPicture] = []
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass
+class Inputs:
+    """Of one run. Where something is None, `missing` has the sentence that says why and what to do."""
+
+    run: RunDir
+    name: str
+    config: Facts
+    """By dotted key."""
+    environment: Facts
+    hyperparameters: Facts
+    epochs: list[Facts]
+    speeds: list[Facts]
+    index_hashes: dict[str, str]
+    """Of the splits the run was trained and tested on; empty where no checkpoint is left to tell."""
+    weights_sha256: str | None
+    shards: Path
+    results: Results | None = None
+    audit: Record | None = None
+    inspection: Record | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+    """By section: what is there but should not be trusted."""
+
+    @property
+    def best_epoch(self) -> Facts | None:
+        """The epoch of the lowest test loss."""
+        return min(self.epochs, key=lambda epoch: epoch["test"]["loss_nats"], default=None)
+
+
+def read_inputs(run: RunDir, name: str | None = None) -> Inputs:
+    """All that is known of a run; UserError where it is none or its configuration can't be read."""
+    config = read_config(run)
+    checkpoints = published(run.checkpoints)
+    inputs = Inputs(
+        run,
+        name or run.path.resolve().name,
+        config,
+        read_optional(run.path / "environment.json"),
+        read_optional(run.path / "hyperparameters.json"),
+        read_epochs(run),
+        read_records(run.speed),
+        read_optional(checkpoints[0] / CHECKPOINT_MANIFEST).get("index_hashes", {}) if checkpoints else {},
+        sha256_of(run.weights) if run.weights.is_file() else None,
+        Path(str(config.get("data.shards", "shards"))),
+    )
+    if not inputs.epochs:
+        inputs.missing["training"] = f"No epoch is finished yet: `cxr-vae train {run.config}` goes on."
+    _read_results(inputs)
+    _read_audit(inputs)
+    _read_inspection(inputs)
+    return inputs
+
+
+def read_config(run: RunDir) -> Facts:
+    """The configuration by dotted key, as it was saved, also by another version."""
+    if not run.config.is_file():
+        raise UserError(f"{run.path} is not a run directory (it has no {run.config.name}): name one train wrote")
+    try:
+        tree = yaml.safe_load(run.config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{run.config} is damaged (not valid YAML): train into another run_dir")
+    return dict(_flat(tree))
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{above}{name}"
+        if isinstance(value, dict) and key not in OPTIONS:
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def read_optional(path: Path) -> Facts:
+    """A JSON object; empty where there is none."""
+    try:
+        content = read_json(path, hint="")
+    except (UserError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_checked(path: Path, kind: type[T], remedy: str) -> tuple[T | None, str]:
+    """The file as `kind`, or None and the sentence that says what is wrong with it and what to do."""
+    if not path.is_file():
+        return None, f"{path.name} is missing: {remedy}"
+    try:
+        return kind.model_validate(read_json(path, hint=remedy)), ""
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        return None, f"{path.name} is not what this version writes ({where or 'not an object'}): {remedy}"
+    except (UserError, OSError):
+        return None, f"{path.name} is damaged or can't be read: {remedy}"
+
+
+def _read_results(inputs: Inputs) -> None:
+    remedy = f"`cxr-vae evaluate {inputs.run.path}` makes it."
+    inputs.results, sentence = read_checked(inputs.run.results, Results, remedy)
+    if inputs.results is None:
+        inputs.missing["figures"] = f"No figures: {sentence}"
+        return
+    _note_other_weights(inputs, "figures", inputs.results.request.get("run_weights_sha256"), "evaluate")
+
+
+def _read_audit(inputs: Inputs) -> None:
+    remedy = f"`cxr-vae audit {inputs.run.path}` makes it."
+    inputs.audit, sentence = read_checked(inputs.run.evaluation / AUDIT, Record, remedy)
+    if inputs.audit is None:
+        inputs.missing["memorisation"] = f"No memorisation audit: {sentence}"
+        return
+    samples = (inputs.audit.model_extra or {}).get("samples")
+    weights = samples.get("weights_sha256") if isinstance(samples, dict) else None
+    _note_other_weights(inputs, "memorisation", weights, "audit")
+
+
+def _note_other_weights(inputs: Inputs, section: str, sha256: Any, command: str) -> None:
+    if sha256 and inputs.weights_sha256 and sha256 != inputs.weights_sha256:
+        inputs.warnings[section] = (
+            f"This is of other weights than the run has now: run `cxr-vae {command} {inputs.run.path}` again."
+        )
+
+
+def _read_inspection(inputs: Inputs) -> None:
+    remedy = f"`cxr-vae inspect {inputs.shards}` makes it."
+    inputs.inspection, sentence = read_checked(inputs.shards / INSPECTION, Record, remedy)
+    if inputs.inspection is None:
+        where = "" if inputs.shards.is_dir() else f" ({inputs.shards} is not there, seen from this folder)"
+        inputs.missing["data"] = f"No inspection of the data: {sentence}{where}"
+    elif not is_current(inputs.inspection, inputs.shards):
+        inputs.inspection = None
+        inputs.missing["data"] = f"{INSPECTION} is of other shards than are there now: {remedy}"
+
+
+def is_current(inspection: Record, shards: Path) -> bool:
+    """Whether an inspection is of the shards that are there: by the hashes of their indexes, else by the files' age."""
+    now = {
+        entry["index"]["sha256"] for entry in read_optional(shards / MANIFEST).get("splits", {}).values()
+    }  # our own file: its form is known
+    hashes = (inspection.model_extra or {}).get("index_hashes")
+    if isinstance(hashes, dict | list):
+        return now == set(hashes.values() if isinstance(hashes, dict) else hashes)
+    manifest = shards / MANIFEST
+    return not manifest.is_file() or manifest.stat().st_mtime <= (shards / INSPECTION).stat().st_mtime
