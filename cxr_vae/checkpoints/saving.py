@@ -11,7 +11,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Checkpoints:
 
     `index_hashes` are those of the splits by name; they and `config` say what a checkpoint belongs to.
     `before_publishing` is called by the first rank when all parts are on the disk; if it raises OSError, the
-    checkpoint is not published.
+    checkpoint is not published. `classes` are the names that exported weights carry.
     """
 
     def __init__(
@@ -47,10 +47,11 @@ class Checkpoints:
         config: Config,
         index_hashes: Mapping[str, str],
         before_publishing: Callable[[], None] = lambda: None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.directory, self.world, self.config = directory, world, config
         self.index_hashes = dict(index_hashes)
-        self.before_publishing = before_publishing
+        self.before_publishing, self.classes = before_publishing, list(classes)
         self.newest_step: int | None = None
         """Of the checkpoint that was loaded or saved last, published or still being written."""
         self._group = world.new_group()  # the thread's collectives must not mix with those of training
@@ -93,6 +94,7 @@ class Checkpoints:
             "world_size": self.world.size,
             "versions": {"cxr_vae": __version__, "torch": torch.__version__},
             "index_hashes": self.index_hashes,
+            "classes": self.classes,
             "config": self.config.model_dump(),
         }
         self._in_flight = self._thread.submit(self._write, name_of(state.step), facts)

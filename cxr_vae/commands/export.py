@@ -40,7 +40,8 @@ def export_run(run: RunDir, which: str, out: Path | None, decoder: Path | None) 
     read_tensors(path, {prefix + name: tensor for name, tensor in vae.state_dict().items()})
     vae.eval()
     weights = out or run.path / f"vae_{path.name}.safetensors"
-    save_vae(weights, vae, config, step=manifest["step"], samples_seen=manifest["samples_seen"])
+    facts = {name: manifest[name] for name in ("step", "samples_seen", "classes") if name in manifest}
+    save_vae(weights, vae, config, **facts)
     if decoder is None:
         return [weights]
     batch = {0: torch.export.Dim("batch")}

@@ -52,7 +52,9 @@ class Loop(ABC):
         self.state = TrainState.create(config, here.device, self.build_network())
         self.log = RunLog(run, enabled=here.is_main)
         hashes = {data.index.split: data.index.content_hash for data in (self.train_set, self.test_set)}
-        self.checkpoints = Checkpoints(run.checkpoints, here, config, hashes, before_publishing=self.settle)
+        self.checkpoints = Checkpoints(
+            run.checkpoints, here, config, hashes, before_publishing=self.settle, classes=self.train_set.index.classes
+        )
         loaded, skipped = self.checkpoints.load_latest(self.state)
         check_length(config, self.state, len(self.train_set))
         if here.is_main:
