@@ -208,5 +208,5 @@ class TestPage:
         distribution = Distribution()
         distribution.parse_config_files()
         patterns = distribution.package_data["cxr_vae"]
-        for path in (ROOT / "cxr_vae/templates").iterdir():
+        for path in (ROOT / "cxr_vae/report/templates").iterdir():
             assert any(path.relative_to(ROOT / "cxr_vae").match(pattern) for pattern in patterns), path
