@@ -35,6 +35,7 @@ TABLES: dict[str, list[str]] = {
         "python -m benchmarks.resume_cost {work}/shards_224 --rounds 3",
     ],
     "slurm-chaos": [
+        "slurm/local_cluster install",
         "slurm/local_cluster up",
         "bash -c 'eval \"$(slurm/local_cluster env)\" && python -m benchmarks.slurm_chaos --rounds 3'",
         "slurm/local_cluster down",

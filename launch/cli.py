@@ -73,7 +73,8 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="FILE",
-        help="what the cluster gives: a file, or the name of one in configs/cluster (default: what is asked)",
+        help="what the cluster gives: a file, or the name of one in configs/cluster (default: only what the "
+        "configuration asks)",
     )
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from cxr_vae.config_file import load_config
 from cxr_vae.files import write_json
 from cxr_vae.pictures import save_grid
+from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -131,3 +132,12 @@ def full_run(path: Path) -> RunDir:
 
 def as_number(text: str) -> float:
     return float(text.partition("|")[0].replace("−", "-").replace(" ", ""))
+
+
+def reported_run(folder: Path) -> RunDir:
+    """A full run whose report is written."""
+    run = full_run(folder / "run")
+    text, page = report_runs([run.path])
+    assert page == run.path / "report.html"
+    assert "training, nats an image" in text
+    return run

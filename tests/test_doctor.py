@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor, probe
+from launch import doctor, probe, slurm_findings
 from launch.probe import FAIL, OK, WARN, Finding, Words
 from launch.profiles import Profile
 from tests.helpers import command, environment
@@ -135,17 +135,17 @@ def test_a_folder_the_nodes_do_not_see_and_a_partition_that_is_preempted(
 
 
 class TestWhatSlurmPrints:
-    config = doctor.fields_of(CONFIG)
-    partitions = doctor.records_of(PARTITIONS)
+    config = slurm_findings.fields_of(CONFIG)
+    partitions = slurm_findings.records_of(PARTITIONS)
 
     def preemption(self, partition: str, **changed: str) -> list[Finding]:
         partitions = {**self.partitions, partition: self.partitions[partition] | changed}
-        return list(doctor.preemption(self.config, partitions[partition], partitions, {}, None))
+        return list(slurm_findings.preemption(self.config, partitions[partition], partitions, {}, None))
 
     def test_the_configuration(self) -> None:
         assert self.config["KillWait"] == "30 sec"
         assert self.config["PreemptType"] == "preempt/partition_prio"
-        assert doctor.ending_finding(self.config).level == OK
+        assert slurm_findings.ending_finding(self.config).level == OK
 
     def test_preempt_send_user_signal_missing(self) -> None:
         who, told = self.preemption("low")
@@ -157,9 +157,9 @@ class TestWhatSlurmPrints:
             "and have 50 s (GraceTime 20 s + KillWait 30 s)"
         )
         assert told.level == OK
-        asked = doctor.notice_finding({**self.config, "SlurmctldParameters": "a,preempt_send_user_signal"}, 0.0)
+        asked = slurm_findings.notice_finding({**self.config, "SlurmctldParameters": "a,preempt_send_user_signal"}, 0.0)
         assert asked.text.startswith("preempted jobs are told by the signal they asked for (preempt_send_user_signal)")
-        short = doctor.notice_finding({"KillWait": "5 sec"}, 0.0)
+        short = slurm_findings.notice_finding({"KillWait": "5 sec"}, 0.0)
         assert short.level == WARN
         assert "checkpoint.every_minutes" in short.remedy
 
@@ -174,7 +174,7 @@ class TestWhatSlurmPrints:
         qos = {"normal": ["scavenger", "cluster", "00:00:00"], "scavenger": ["", "cancel", "00:01:00"]}
 
         def told(mine: str | None) -> list[Finding]:
-            return list(doctor.preemption(config, self.partitions["main"], self.partitions, qos, mine))
+            return list(slurm_findings.preemption(config, self.partitions["main"], self.partitions, qos, mine))
 
         assert "name it in the profile" in told(None)[0].text
         assert "not preempted" in told("normal")[0].text
@@ -182,7 +182,7 @@ class TestWhatSlurmPrints:
         assert "90 s (GraceTime 60 s" in told("scavenger")[1].text
 
     def limits(self, profile: Profile, nodes: int, partition: str = "main", **changed: str) -> list[str]:
-        return [str(one) for one in doctor.limits(profile, nodes, self.partitions[partition] | changed, NODES)]
+        return [str(one) for one in slurm_findings.limits(profile, nodes, self.partitions[partition] | changed, NODES)]
 
     def test_limits(self) -> None:
         large = Profile(cpus_per_node=16, gpus_per_node=2, memory_gb=4, max_nodes=2)
@@ -199,7 +199,9 @@ class TestWhatSlurmPrints:
 
     def test_nodes_that_are_down(self) -> None:
         listed = NODES.replace("mixed", "drained*")
-        found = [str(one) for one in doctor.limits(Profile(cpus_per_node=16), 2, self.partitions["main"], listed)]
+        found = [
+            str(one) for one in slurm_findings.limits(Profile(cpus_per_node=16), 2, self.partitions["main"], listed)
+        ]
         assert found[0].startswith("warn of the 2 nodes of partition main with 16 CPUs, 0 GB and 0 GPUs only 1 are up")
 
     @pytest.mark.parametrize(
@@ -207,16 +209,18 @@ class TestWhatSlurmPrints:
         [("gpu:2", 2), ("gpu:a100:4(S:0-1)", 4), ("shard:8,gpu:a100:4(S:0),gpu:1", 5), ("(null)", 0)],
     )
     def test_gres(self, gres: str, number: int) -> None:
-        assert doctor.gpus_in(gres) == number
+        assert slurm_findings.gpus_in(gres) == number
 
     def test_accounts(self) -> None:
         mine = "physics|normal,high\nchest|normal\n"
-        assert doctor.account_finding(Profile(account="chest", qos="high"), mine, {}).level == OK
-        assert doctor.account_finding(Profile(account="chests"), None, {}).level == OK
-        wrong = doctor.account_finding(Profile(account="chests"), mine, {"AccountingStorageEnforce": "associations"})
+        assert slurm_findings.account_finding(Profile(account="chest", qos="high"), mine, {}).level == OK
+        assert slurm_findings.account_finding(Profile(account="chests"), None, {}).level == OK
+        wrong = slurm_findings.account_finding(
+            Profile(account="chests"), mine, {"AccountingStorageEnforce": "associations"}
+        )
         assert wrong.level == FAIL
         assert wrong.text == "account 'chests' is not among yours (account: chest, physics; qos: high, normal)"
-        assert doctor.account_finding(Profile(qos="low"), mine, self.config).level == WARN
+        assert slurm_findings.account_finding(Profile(qos="low"), mine, self.config).level == WARN
 
 
 DRIVER = probe.read_smi(SMI_LIST, SMI_TABLE)

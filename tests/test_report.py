@@ -12,16 +12,12 @@ from cxr_vae.files import sha256_of, write_json
 from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
 from tests.page_helpers import read_page, section, tables, text_of
-from tests.report_runs import RESULTS, ROOT, as_number, changed, full_run, make_run
+from tests.report_runs import RESULTS, ROOT, as_number, changed, full_run, make_run, reported_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    run = full_run(tmp_path_factory.mktemp("report") / "run")
-    text, page = report_runs([run.path])
-    assert page == run.path / "report.html"
-    assert "training, nats an image" in text
-    return run
+    return reported_run(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")

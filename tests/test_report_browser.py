@@ -9,18 +9,14 @@ import pytest
 from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
 from tests.browser_helpers import chromium
-from tests.report_runs import RESULTS, full_run, make_run
+from tests.report_runs import RESULTS, make_run, reported_run
 
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    run = full_run(tmp_path_factory.mktemp("report") / "run")
-    text, page = report_runs([run.path])
-    assert page == run.path / "report.html"
-    assert "training, nats an image" in text
-    return run
+    return reported_run(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,9 @@ def test_its_commands_could_be_typed(table: str) -> None:
             script = ROOT / f"{words[2].replace('.', '/')}.py"
             options = [word for word in words if word.startswith("--")]
             assert all(f'"{option}"' in script.read_text() for option in options), command
-        elif words[0] in ("bash", "slurm/local_cluster"):
+        elif words[0] == "slurm/local_cluster":
+            assert f"slurm/local_cluster {words[1]}" in (ROOT / words[0]).read_text(), command
+        elif words[0] == "bash":
             assert subprocess.run(["bash", "-n", "-c", words[-1]], check=False).returncode == 0, command
         else:
             check_command(command)

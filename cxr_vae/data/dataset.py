@@ -97,9 +97,8 @@ class XrayDataset:
 
     def labels(self, rows: Sequence[int] | Rows, device: torch.device) -> Tensor:
         """(n,) int64 classes of these rows."""
-        return torch.from_numpy(self.index.labels[np.asarray(rows, np.int64)].astype(np.int64)).to(
-            device, non_blocking=True
-        )
+        labels = self.index.labels[np.asarray(rows, np.int64)].astype(np.int64)
+        return torch.from_numpy(labels).to(device, non_blocking=True)
 
     def holds(self, rows: Rows) -> bool:
         """Whether these images are there without being read."""

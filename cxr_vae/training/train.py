@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from cxr_vae.config import Config
-from cxr_vae.data.dataset import XrayDataset, check_classes, open_dataset, open_split
+from cxr_vae.data.dataset import Rows, XrayDataset, check_classes, open_dataset, open_split
 from cxr_vae.distributed import World, world
 from cxr_vae.files import write_json
 from cxr_vae.losses.elbo import Losses
@@ -77,8 +77,9 @@ class Training(Loop):
         """See Loop.batch: with noise and classes."""
         device = self.here.device
         noise = normal(self.config.seed, "train", start, stop, self.vae.latent_shape, device)
-        rows = self.stream.rows(start, stop)
-        told = rows if self.config.model.num_classes else rows[:0]  # nobody looks at them
+        told: Sequence[int] | Rows = ()  # nobody looks at the classes
+        if self.config.model.num_classes:
+            told = self.stream.rows(start, stop)
         return images, noise, self.train_set.labels(told, device)
 
     def record(self, means: Sequence[Tensor]) -> dict[str, float]:
