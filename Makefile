@@ -14,7 +14,7 @@ help:
 	@echo "make bench [DATA=…]                how fast every part is, against a plain program; some 20 minutes"
 	@echo "make test                          lint, types and every test"
 	@echo "make lint | type | test-only       one of them"
-	@echo "make test-fast                     the quick files' tests, 2 minutes, while you work"
+	@echo "make test-fast                     the quick files' tests, 3 minutes, while you work"
 	@echo "make coverage                      every test, and which lines and branches of the library none runs"
 	@echo "make clean                         removes what the demo made, not .venv"
 
