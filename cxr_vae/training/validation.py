@@ -15,6 +15,8 @@ from cxr_vae.precision import autocast
 from cxr_vae.run_dir import RunDir
 
 BATCH = 64
+GRID_SIZE = 8
+"""Images along a side of a picture."""
 
 
 @torch.inference_mode()
@@ -49,7 +51,7 @@ def draw_grids(
     What is returned writes them: to be called later or by a thread, since that takes longer than an epoch on a GPU.
     """
     model.eval()
-    side = config.train.grid_size
+    side = GRID_SIZE
     latents = normal(config.seed, "grid", 0, side * side, model.latent_shape, device)
     columns = min(side, len(dataset))
     rows = range(columns * min(max(1, side // 2), len(dataset) // columns))  # whole ones of the picture
