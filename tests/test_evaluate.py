@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.shards import write_shards
 from cxr_vae.data.tars import Preprocessing
+from cxr_vae.evaluation.latent_pictures import save_latent_pictures
+from cxr_vae.models import VAE
 from cxr_vae.run_dir import RunDir
 from cxr_vae.training.run_log import read_epochs
 from tests.helpers import check_sentence, command, cxr_vae, environment
@@ -73,6 +77,33 @@ def test_images_lie_beside_the_figures(evaluated: tuple[Path, str], shards: Path
         assert picture.size == (9 * 34 + 2, 4 * 34 + 2)  # a row a latent unit
     assert not (run / "evaluation/features").exists()
     assert {np.asarray(Image.open(path)).tobytes() for path in real} == expected  # every test image once
+
+
+class ShowsTheClass(VAE):
+    """White for the last class, black for the first."""
+
+    latent_shape = (1,)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean = images.mean((2, 3))
+        return mean, torch.zeros_like(mean)
+
+    def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.check_labels(labels)
+        assert labels is not None
+        return (100.0 * labels - 50)[:, None, None, None].expand(-1, 1, 4, 4)
+
+
+def test_latent_pictures_are_of_the_images_own_classes(tmp_path: Path) -> None:
+    model = ShowsTheClass(num_classes=2)
+    save_latent_pictures(tmp_path, model, torch.rand(4, 1, 4, 4), torch.tensor([1, 0, 1, 0]))
+    rows = {}
+    for name, height in (("interpolations", 2), ("traversals", 1)):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        rows[name] = [[int(pixels[row * 6 + 4, column * 6 + 4]) for column in range(9)] for row in range(height)]
+    there, back = [255] * 4 + [0] * 5, [0] * 4 + [255] * 5
+    assert rows == {"interpolations": [there, back], "traversals": [[255] * 9]}
 
 
 def test_two_processes_find_the_same_figures(evaluated: tuple[Path, str], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from cxr_vae.evaluation.features import FeatureNetwork, Features, choose_network
 from cxr_vae.evaluation.image_sets import (
     ImageSet,
     extract,
+    first_images,
     generated_images,
     real_images,
     reconstructions,
@@ -81,7 +82,8 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         found = {name: extract(images, network, here) for name, images in sets.items()}
         if not here.is_main:
             return {}
-        save_latent_pictures(run.evaluation / "pictures", model, sets["real"], config, here.device)
+        first = first_images(real_index, num_real, model, config, here.device)
+        save_latent_pictures(run.evaluation / "pictures", model, *first)
         results = results_of(sets, {name: of or {} for name, of in found.items()}, network, config, request)
         results["elapsed_s"] = round(time.perf_counter() - started, 2)
         keep_earlier(run.results)
