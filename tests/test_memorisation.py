@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from scipy.stats import binomtest
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -142,8 +143,9 @@ class TestCopies:
         space = pixel_space() if space_name == "pixels" else feature_space(real.pooled.mean(0))
         found = nearest(space, prints(samples), real, among_groups=groups)
         ratios = nearness_ratios(found.distances)
+        held_out = nearness_ratios(nearest(space, prints(samples), prints(draw_images(200, 12))).distances)
         reference = nearness_ratios(nearest(space, likened(real, prints(samples)), real, groups, groups).distances)
-        return copies_test(ratios, reference, groups, LEVEL), (ratios, found)
+        return copies_test(ratios, held_out, reference, groups, LEVEL), (ratios, found)
 
     @pytest.mark.parametrize("space", ["pixels", "features"])
     def test_quiet_on_new_images(self, training: tuple[Tensor, np.ndarray], space: str) -> None:
@@ -183,7 +185,8 @@ class TestCopies:
 
     def test_loud_where_all_samples_are_the_same_training_image(self, training: tuple[Tensor, np.ndarray]) -> None:
         test, _ = self.result(training, training[0][:1].expand(60, -1, -1, -1), "pixels")
-        assert test.p_value < 1e-20
+        assert test.best.p_new < 1e-20
+        assert test.p_value < 1e-17  # none of 60 beside held-out images, by chance
 
     def test_loud_for_the_training_images(self, training: tuple[Tensor, np.ndarray]) -> None:
         test, (ratios, _) = self.result(training, training[0], "pixels")
@@ -194,13 +197,27 @@ class TestCopies:
         rng = np.random.default_rng(0)
         reference = rng.random(500)
         for limit_number in range(3):
-            limits = copies_test(np.ones(200), reference, np.arange(500), LEVEL).limits
+            limits = copies_test(np.ones(200), np.ones(200), reference, np.arange(500), LEVEL).limits
             needed, ratio = limits[limit_number].needed, limits[limit_number].ratio
             for num, loud in ((needed - 1, False), (needed, True)):
                 ratios = np.where(np.arange(200) < num, ratio - 1e-9, 1.0)
-                tested = copies_test(ratios, reference, np.arange(500), LEVEL).limits[limit_number]
+                tested = copies_test(ratios, np.ones(200), reference, np.arange(500), LEVEL).limits[limit_number]
                 assert tested.found == num
                 assert (tested.p_value * len(limits) <= LEVEL) == loud
+
+    def test_quiet_where_samples_stand_out_beside_images_the_model_never_saw(self) -> None:
+        """Against scipy's exact test: 60 of 200 are below the limit, 20 of them beside held-out images, too."""
+        reference, ratios = np.linspace(0.001, 1, 500), np.linspace(0.2, 1, 200)
+        ratios[:60] = 1e-4
+        for num_alone, loud in ((30, False), (5, True)):
+            held_out = np.where(np.isin(np.arange(200), np.arange(40, 60 + num_alone)), 1e-4, 1.0)
+            test = copies_test(ratios, held_out, reference, np.arange(500), LEVEL)
+            assert (test.p_value <= LEVEL) == loud
+            assert {limit.found_in_held_out for limit in test.limits} == {20 + num_alone}
+            for limit in test.limits:
+                assert limit.p_new < 1e-10
+                exact = binomtest(40, 40 + num_alone, alternative="greater").pvalue
+                assert limit.p_held_out == pytest.approx(exact)
 
 
 class TestShare:
@@ -252,13 +269,14 @@ def test_copies_test_alarms_as_often_as_stated() -> None:
     alone, related = [], []
     for _ in range(600):
         patients = np.repeat(np.arange(100), 3)
-        alone.append(copies_test(rng.random(200), rng.random(300), np.arange(300), LEVEL))
-        related.append(copies_test(rng.random(200), rng.random(100)[patients], patients, LEVEL))
+        samples, held_out = rng.random(200), rng.random(200)
+        alone.append(copies_test(samples, held_out, rng.random(300), np.arange(300), LEVEL))
+        related.append(copies_test(samples, held_out, rng.random(100)[patients], patients, LEVEL))
     for tests in (alone, related):
         p_values = np.array([test.p_value for test in tests])
         for level in (LEVEL, 0.05, 0.2):
             assert np.mean(p_values <= level) <= level + 3 * np.sqrt(level / 600)
-        of_one = np.array([test.limits[-1].p_value for test in tests])
+        of_one = np.array([test.limits[-1].p_new for test in tests])
         assert np.mean(of_one <= 0.2) == pytest.approx(0.2, abs=0.06)  # it isn't quiet for want of power
 
 

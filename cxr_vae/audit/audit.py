@@ -113,6 +113,7 @@ def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
         num_samples=len(sample_distances),
         copies=copies_test(
             nearness_ratios(found.samples.distances),
+            nearness_ratios(found.samples_in_held_out.distances),
             nearness_ratios(found.reference.distances),
             rows.groups[rows.reference],
             level_of_a_test(2),
