@@ -47,6 +47,9 @@ class TrainConfig(Section):
     profile: bool = Field(
         False, description="write a torch profiler trace of a few steps", json_schema_extra=MAY_CHANGE
     )
+    grid_size: int = Field(
+        8, ge=1, le=32, description="images along a side of a sample grid", json_schema_extra=MAY_CHANGE
+    )
 
 
 class CheckpointConfig(Section):

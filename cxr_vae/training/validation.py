@@ -15,8 +15,6 @@ from cxr_vae.precision import autocast
 from cxr_vae.run_dir import RunDir
 
 BATCH = 64
-GRID_SIZE = 8
-"""Images along a side of a picture."""
 
 
 @torch.inference_mode()
@@ -51,7 +49,7 @@ def draw_grids(
     What is returned writes them: to be called later or by a thread, since that takes longer than an epoch on a GPU.
     """
     model.eval()
-    side = GRID_SIZE
+    side = config.train.grid_size
     latents = normal(config.seed, "grid", 0, side * side, model.latent_shape, device)
     columns = min(side, len(dataset))
     rows = range(columns * min(max(1, side // 2), len(dataset) // columns))  # whole ones of the picture
