@@ -100,7 +100,10 @@ def measure(run: RunDir, options: Sequence[str], num_train: int) -> dict[str, An
         "audit": "FLAG" if record["flag"] else "quiet",
         "lowest_p": lowest_p(record),
         "audit_reason": record["reason"],
-        "spaces": {name: {"p_copies": one["p_copies"], **one["share"]} for name, one in record["spaces"].items()},
+        "spaces": {
+            name: {"p_copies": one["p_copies"], "p_share": one["p_share"], **one["share"]}
+            for name, one in record["spaces"].items()
+        },
         "features": results["features"],
         "index_sha256": results["real"]["index_sha256"],
         "run_weights_sha256": results["request"]["run_weights_sha256"],
@@ -155,7 +158,7 @@ def lowest_p(record: dict[str, Any]) -> float:
     """Of the audit's tests that may raise its flag."""
     spaces = record["spaces"].values()
     copies = [one["p_copies"] for one in spaces]
-    return min(copies + [one["share"]["p_value"] for one in spaces if not one["held_out_differs"]])
+    return min(copies + [one["p_share"] for one in spaces if not one["held_out_differs"]])
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:
@@ -202,7 +205,8 @@ def main() -> None:
         ]
         for prior in arguments.priors or [None]:
             of_prior = [f"prior.name={prior}"] if prior else []
-            fit_prior(run, [*where, *of_prior])
+            if not run.prior(prior or run.saved_config().prior.name).is_file():  # one of other options is as good
+                fit_prior(run, [*where, *of_prior])
             rows.append(measure(run, [*options, *of_prior], arguments.num_train))
             arguments.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{table_of(rows)}\n\n{arguments.out}")

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from scipy.stats import mannwhitneyu
 
 from cxr_vae.audit.fingerprints import Fingerprints, SplitFingerprints, fingerprint, join
 from cxr_vae.audit.memorisation import (
     Findings,
     ShareTest,
+    chances_of_each,
     copies_test,
     copying_statistic,
     level_of_a_test,
@@ -108,8 +111,11 @@ def describe(samples: Samples, network: FeatureNetwork, here: World) -> Fingerpr
 def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
     """The tests of one space."""
     sample_distances, held_out_distances = found.samples.distances[:, 0], found.held_out.distances[:, 0]
+    share, of_each = share_test(found.samples, found.samples_in_held_out, rows, seed)
+    reference = found.reference.of(for_share(rows))
+    of_training, of_each_in_training = share_test(reference, found.reference_in_held_out, rows, seed)
     return Findings(
-        space=found.space,
+        space=found.space.name,
         num_samples=len(sample_distances),
         copies=copies_test(
             nearness_ratios(found.samples.distances),
@@ -117,16 +123,20 @@ def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
             nearness_ratios(found.reference.distances),
             rows.groups[rows.reference],
             level_of_a_test(2),
+            needs_held_out=found.space.is_learned,
         ),
-        share=share_test(found.samples, found.samples_in_held_out, rows, seed),
-        share_of_training=share_test(found.reference.of(for_share(rows)), found.reference_in_held_out, rows, seed),
+        share=share,
+        share_of_training=of_training,
+        p_above_training=float(mannwhitneyu(of_each, of_each_in_training, alternative="greater").pvalue),
         share_below=float((sample_distances < np.quantile(held_out_distances, 0.01)).mean()),
         c_t=copying_statistic(sample_distances, held_out_distances),
     )
 
 
-def share_test(in_training: Neighbours, in_held_out: Neighbours, rows: Rows, seed: int) -> ShareTest:
-    """`matched_share` of images whose neighbours in both sets are known."""
+def share_test(
+    in_training: Neighbours, in_held_out: Neighbours, rows: Rows, seed: int
+) -> tuple[ShareTest, npt.NDArray[np.float64]]:
+    """`matched_share`, and each one's part of it, of images whose neighbours in both sets are known."""
     num = len(rows.groups)
     held_out = Neighbours(in_held_out.distances, in_held_out.ids + num)
     both = merge([in_training, held_out], in_training.ids.shape[1])
@@ -136,7 +146,7 @@ def share_test(in_training: Neighbours, in_held_out: Neighbours, rows: Rows, see
     _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     is_held_out = np.zeros(len(sizes), np.bool_)
     is_held_out[groups[num:]] = True
-    return matched_share(groups[ids], is_held_out, sizes, seed)
+    return matched_share(groups[ids], is_held_out, sizes, seed), chances_of_each(groups[ids], is_held_out, sizes)
 
 
 def closest_pairs(found: Found, judged: Findings, samples: Samples, training: SplitIndex) -> list[Pair]:
@@ -149,7 +159,7 @@ def closest_pairs(found: Found, judged: Findings, samples: Samples, training: Sp
     keys, sources, patients = (training.texts(name, rows) for name in ("key", "source", "patient"))
     return [
         Pair(
-            space=found.space,
+            space=found.space.name,
             number=int(number),
             sample=samples.names[number],
             row=rows[place],

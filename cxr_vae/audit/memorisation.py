@@ -55,15 +55,15 @@ class Limit:
     """Samples that have a held-out image as much to themselves, which the model never saw."""
     p_new: float
     """Of so many as are found, if samples were new images."""
-    p_held_out: float
-    """Of so many more among training images, if they were like the held-out ones to the model."""
+    p_held_out: float | None
+    """Of so many more among training images, if they were like the held-out ones to the model; None: not asked."""
     needed: int
     """So many below it would raise the flag; more than there are samples: it never could."""
 
     @property
     def p_value(self) -> float:
         """Both have to be unlikely."""
-        return max(self.p_new, self.p_held_out)
+        return max(self.p_new, self.p_held_out or 0)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,13 @@ class CopiesTest:
 
 
 def copies_test(
-    ratios: Floats, held_out_ratios: Floats, reference: Floats, reference_groups: Ints, level: float
+    ratios: Floats,
+    held_out_ratios: Floats,
+    reference: Floats,
+    reference_groups: Ints,
+    level: float,
+    *,
+    needs_held_out: bool,
 ) -> CopiesTest:
     """Compares samples' ratios (m,) with those of training images (R,) to other patients' training images.
 
@@ -103,10 +109,10 @@ def copies_test(
     independent draws: R is replaced by R² / Σ c² with c images of each patient (Kish 1965), which errs on the quiet
     side.
 
-    Samples may stand out by being unlike real images, and then beside held-out images as well. So their ratios among
-    these (m,) have to be above the limit more often, too: by the exact sign test of the samples that are below it among
-    one of the two alone (McNemar 1947). Where held-out images are fewer or of another distribution their ratios are
-    smaller, in general, and this errs on the quiet side.
+    Samples may stand out by being unlike real images, and then beside held-out images as well. With `needs_held_out`
+    their ratios among these (m,) have to be above the limit more often, too: by the exact sign test of the samples that
+    are below it among one of the two alone (McNemar 1947). Where held-out images are fewer or of another distribution
+    their ratios are smaller, in general, and this errs on the quiet side.
     `level`: p-values of the whole test up to this raise the flag.
     """
     _, counts = np.unique(reference_groups, return_counts=True)
@@ -123,7 +129,7 @@ def copies_test(
         p_new = np.minimum(1, law.pmf(numbers)[::-1].cumsum()[::-1])  # of 0, 1, … m or more
         alone, alone_held_out = np.maximum(numbers - both, 0), int(below_held_out.sum()) - both
         p_held_out = binom.sf(alone - 1, alone + alone_held_out, 0.5)
-        is_enough = np.maximum(p_new, p_held_out) <= level / len(ranks)
+        is_enough = np.maximum(p_new, p_held_out if needs_held_out else 0) <= level / len(ranks)
         share = k / (independent + 1)
         limits.append(
             Limit(
@@ -133,7 +139,7 @@ def copies_test(
                 found,
                 int(below_held_out.sum()),
                 float(p_new[found]),
-                float(p_held_out[found]),
+                float(p_held_out[found]) if needs_held_out else None,
                 int(np.argmax(np.append(is_enough, True))),
             )
         )
@@ -169,11 +175,7 @@ def matched_share(
     """
 
     def share(held_out: npt.NDArray[np.bool_]) -> float:
-        is_hit = held_out[neighbours]
-        num_closer = np.where(is_hit.any(1), is_hit.argmax(1), is_hit.shape[1])
-        num_held_out = int(sizes[held_out].sum())
-        chances = chance_of_a_closer_one(is_hit.shape[1], int(sizes.sum()) - num_held_out, num_held_out)
-        return float(chances[num_closer].mean())
+        return float(chances_of_each(neighbours, held_out, sizes).mean())
 
     rng = np.random.default_rng(seed)
     found = share(is_held_out)
@@ -181,6 +183,15 @@ def matched_share(
     upper = (1 + int((permuted >= found).sum())) / (1 + num_permutations)
     lower = (1 + int((permuted <= found).sum())) / (1 + num_permutations)
     return ShareTest(found, upper, min(1.0, 2 * min(upper, lower)))
+
+
+def chances_of_each(neighbours: Ints, is_held_out: npt.NDArray[np.bool_], sizes: Ints) -> npt.NDArray[np.float64]:
+    """Each sample's part of the share, (m,); see `matched_share`."""
+    is_hit = is_held_out[neighbours]
+    num_closer = np.where(is_hit.any(1), is_hit.argmax(1), is_hit.shape[1])
+    num_held_out = int(sizes[is_held_out].sum())
+    chances = chance_of_a_closer_one(is_hit.shape[1], int(sizes.sum()) - num_held_out, num_held_out)
+    return np.asarray(chances[num_closer])
 
 
 def chance_of_a_closer_one(most: int, num_training: int, num_held_out: int) -> npt.NDArray[np.float64]:
@@ -214,9 +225,16 @@ class Findings:
     share: ShareTest
     share_of_training: ShareTest
     """The same of training images, likened to the samples, whose own patient is left out: without memorisation."""
+    p_above_training: float
+    """Of a share so far above that one: held-out images may be of a distribution that differs a little."""
     share_below: float
     """Of samples whose nearest training image is closer than that of 99 % of the held-out images."""
     c_t: float
+
+    @property
+    def p_share(self) -> float:
+        """Both ½ and the share of training images have to be unlikely."""
+        return max(self.share.p_value, self.p_above_training)
 
     @property
     def held_out_differs(self) -> bool:
@@ -245,10 +263,10 @@ def verdict(spaces: Sequence[Findings]) -> tuple[bool, str]:
                 f"{1 - best.share:.1%} of new images would be, where {best.expected:.1f} were expected "
                 f"(p = {found.copies.p_value:.2g})"
             )
-        if found.share.p_value <= level and not found.held_out_differs:
+        if found.p_share <= level and not found.held_out_differs:
             reasons.append(
                 f"in {found.space}, {found.share.share:.1%} of the samples are closer to training than to as many "
-                f"held-out images (p = {found.share.p_value:.2g})"
+                f"held-out images (p = {found.p_share:.2g})"
             )
     if reasons:
         return True, "; ".join(reasons)

@@ -47,6 +47,8 @@ class Space:
     """(m, V, D) of m images."""
     looked_at: Callable[[Fingerprints], Tensor]
     """(n, D) of n images."""
+    is_learned: bool
+    """Whether a network finds samples unlike real images in ways that `likened` doesn't undo."""
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -79,7 +81,12 @@ def pixel_space() -> Space:
     The central crop of the image that is looked at is compared with all crops of that size of the one looked for.
     Brightness and contrast make no difference.
     """
-    return Space("pixels", lambda images: shifted_crops(images.small), lambda images: central_crops(images.small))
+    return Space(
+        "pixels",
+        lambda images: shifted_crops(images.small),
+        lambda images: central_crops(images.small),
+        is_learned=False,
+    )
 
 
 def feature_space(centre: Tensor) -> Space:
@@ -91,6 +98,7 @@ def feature_space(centre: Tensor) -> Space:
         "features",
         lambda images: unit(images.pooled - centre)[:, None],
         lambda images: unit(images.pooled - centre),
+        is_learned=True,
     )
 
 

@@ -23,9 +23,10 @@ PAIRS_SHOWN = 8
 
 RULE = (
     "The flag is raised where a test has p <= {level:.3g}, so that new images of the training distribution raise it at "
-    "most {alarms:.0%} of the time: in each space the copies test, against new images and against the same samples "
-    "beside held-out images, and the share of samples closer to training than to held-out images unless training "
-    "images of other patients show that the held-out ones are of another distribution."
+    "most {alarms:.0%} of the time: in each space the copies test, against new images and, in features, against the "
+    "same samples beside held-out images; and the share of samples closer to training than to held-out images, against "
+    "half and against that of training images of other patients, unless the latter show that the held-out ones are of "
+    "another distribution."
 )
 DISTANCE = (
     "sqrt(2 - 2 c), 0 to 2; pixels: c is the largest normalised cross-correlation of copies of 32 x 32 pixels over "
@@ -75,7 +76,8 @@ def record_of(
         "findings": remarks(found, (flag, reason), held_out.split, rows.num_left_out, circumstances["num_samples"]),
         "pictures": [{"title": "Closest pairs: sample above its nearest training image", "file": PICTURE}],
         "spaces": {
-            one.space: asdict(one) | {"held_out_differs": one.held_out_differs, "p_copies": one.copies.p_value}
+            one.space: asdict(one)
+            | {"held_out_differs": one.held_out_differs, "p_copies": one.copies.p_value, "p_share": one.p_share}
             for one in found
         },
         "closest_pairs": [asdict(pair) for pair in pairs],
@@ -116,7 +118,7 @@ def summary(found: Sequence[Findings]) -> dict[str, Any]:
                 percent(limit.found / one.num_samples),
                 round_p(one.copies.p_value),
                 percent(one.share.share),
-                round_p(one.share.p_value),
+                round_p(one.p_share),
                 percent(one.share_of_training.share),
                 percent(one.share_below),
                 round(one.c_t, 2),

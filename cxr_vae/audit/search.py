@@ -22,7 +22,7 @@ NUM_FOR_SHARE = 500
 class Found(NamedTuple):
     """What the searches of one space found: neighbours in the training images, and in the held-out ones."""
 
-    space: str
+    space: Space
     samples: Neighbours
     reference: Neighbours
     """Of training images `likened` to the samples."""
@@ -68,7 +68,7 @@ def search_all(
         nearest = merge([rank[place] for rank in gathered], keep)
         found.append(
             Found(
-                space.name,
+                space,
                 samples=nearest.of(slice(0, ends[0])),
                 reference=nearest.of(slice(ends[0], ends[1])),
                 held_out=nearest.of(slice(ends[1], None)),
