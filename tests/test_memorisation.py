@@ -11,12 +11,15 @@ from torchvision.transforms.functional import gaussian_blur
 from cxr_vae.audit.fingerprints import Fingerprints, small_copies
 from cxr_vae.audit.memorisation import (
     CopiesTest,
+    Findings,
+    ShareTest,
     chance_of_a_closer_one,
     copies_test,
     copying_statistic,
     level_of_a_test,
     matched_share,
     nearness_ratios,
+    verdict,
 )
 from cxr_vae.audit.neighbours import Neighbours, Search, feature_space, likened, likened_vectors, merge, pixel_space
 from cxr_vae.audit.rows import same_person
@@ -281,6 +284,18 @@ def test_copies_test_alarms_as_often_as_stated() -> None:
             assert np.mean(p_values <= level) <= level + 3 * np.sqrt(level / 600)
         of_one = np.array([test.limits[-1].p_value for test in tests])
         assert np.mean(of_one <= 0.2) == pytest.approx(0.2, abs=0.06)  # it isn't quiet for want of power
+
+
+def test_share_raises_the_flag_only_above_that_of_training_images() -> None:
+    """Held-out images of a distribution that differs a little are farther from everything, seen or not."""
+    quiet = copies_test(np.ones(50), np.ones(50), np.linspace(0, 1, 50), np.arange(50), LEVEL, needs_held_out=False)
+    of_training = ShareTest(share=0.57, p_value=0.03, two_sided=0.06)
+    for p_above_training, loud in ((0.3, False), (1e-4, True)):
+        found = Findings("pixels", 50, quiet, ShareTest(0.6, 5e-4, 1e-3), of_training, p_above_training, 0.0, 0.0)
+        assert not found.held_out_differs
+        assert found.p_share == max(5e-4, p_above_training)
+        flag, reason = verdict([found, found])
+        assert flag == loud == ("closer to training" in reason and "60.0%" in reason)
 
 
 def test_statistic_of_meehan() -> None:
