@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
-from scipy.stats import binomtest
+from scipy.stats import betabinom
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -12,6 +12,7 @@ from cxr_vae.audit.fingerprints import Fingerprints, small_copies
 from cxr_vae.audit.memorisation import (
     CopiesTest,
     Findings,
+    Limit,
     ShareTest,
     chance_of_a_closer_one,
     copies_test,
@@ -146,10 +147,9 @@ class TestCopies:
         space = pixel_space() if space_name == "pixels" else feature_space(real.pooled.mean(0))
         found = nearest(space, prints(samples), real, among_groups=groups)
         ratios = nearness_ratios(found.distances)
-        held_out = nearness_ratios(nearest(space, prints(samples), prints(draw_images(200, 12))).distances)
         reference = nearness_ratios(nearest(space, likened(real, prints(samples)), real, groups, groups).distances)
-        learned = space_name == "features"
-        return copies_test(ratios, held_out, reference, groups, LEVEL, needs_held_out=learned), (ratios, found)
+        once = space.is_learned
+        return copies_test(ratios, found.ids[:, 0], reference, groups, LEVEL, each_image_once=once), (ratios, found)
 
     @pytest.mark.parametrize("space", ["pixels", "features"])
     def test_quiet_on_new_images(self, training: tuple[Tensor, np.ndarray], space: str) -> None:
@@ -199,31 +199,29 @@ class TestCopies:
     def test_needed_is_the_smallest_number_that_raises_the_flag(self) -> None:
         rng = np.random.default_rng(0)
         reference = rng.random(500)
-        for limit_number in range(3):
-            limits = copies_test(
-                np.ones(200), np.ones(200), reference, np.arange(500), LEVEL, needs_held_out=True
-            ).limits
-            needed, ratio = limits[limit_number].needed, limits[limit_number].ratio
-            for num, loud in ((needed - 1, False), (needed, True)):
-                ratios = np.where(np.arange(200) < num, ratio - 1e-9, 1.0)
-                test = copies_test(ratios, np.ones(200), reference, np.arange(500), LEVEL, needs_held_out=True)
-                tested = test.limits[limit_number]
-                assert tested.found == num
-                assert (tested.p_value * len(limits) <= LEVEL) == loud
+        for limit_number, each_image_once in itertools.product(range(3), (False, True)):
 
-    def test_quiet_where_samples_stand_out_beside_images_the_model_never_saw(self) -> None:
-        """Against scipy's exact test: 60 of 200 are below the limit, 20 of them beside held-out images, too."""
-        reference, ratios = np.linspace(0.001, 1, 500), np.linspace(0.2, 1, 200)
-        ratios[:60] = 1e-4
-        for num_alone, loud in ((30, False), (5, True)):
-            held_out = np.where(np.isin(np.arange(200), np.arange(40, 60 + num_alone)), 1e-4, 1.0)
-            test = copies_test(ratios, held_out, reference, np.arange(500), LEVEL, needs_held_out=True)
-            assert (test.p_value <= LEVEL) == loud
-            assert {limit.found_in_held_out for limit in test.limits} == {20 + num_alone}
-            for limit in test.limits:
-                assert limit.p_new < 1e-10
-                exact = binomtest(40, 40 + num_alone, alternative="greater").pvalue
-                assert limit.p_held_out == pytest.approx(exact)
+            def limits(ratios: np.ndarray, once: bool = each_image_once) -> list[Limit]:
+                return copies_test(
+                    ratios, np.arange(200), reference, np.arange(500), LEVEL, each_image_once=once
+                ).limits
+
+            needed, ratio = limits(np.ones(200))[limit_number].needed, limits(np.ones(200))[limit_number].ratio
+            for num, loud in ((needed - 1, False), (needed, True)):
+                tested = limits(np.where(np.arange(200) < num, ratio - 1e-9, 1.0))[limit_number]
+                assert tested.found == tested.num_images == num
+                assert (tested.p_value * 3 <= LEVEL) == loud
+
+    def test_an_image_near_to_many_counts_once(self) -> None:
+        """As hubs are in features to samples unlike real images; against the law of as many samples."""
+        reference, ratios = np.linspace(0.001, 1, 500), np.where(np.arange(200) < 60, 1e-4, 1.0)
+        nearest_images = np.arange(200) % 4
+        test = copies_test(ratios, nearest_images, reference, np.arange(500), LEVEL, each_image_once=True)
+        assert [(limit.found, limit.num_images) for limit in test.limits] == [(60, 4)] * 3
+        assert test.limits[-1].p_value == pytest.approx(betabinom(200, 25, 476).sf(3))
+        assert test.p_value > LEVEL
+        each = copies_test(ratios, nearest_images, reference, np.arange(500), LEVEL, each_image_once=False)
+        assert each.p_value < 1e-10
 
 
 class TestShare:
@@ -275,9 +273,9 @@ def test_copies_test_alarms_as_often_as_stated() -> None:
     alone, related = [], []
     for _ in range(600):
         patients = np.repeat(np.arange(100), 3)
-        ratios = rng.random(200), rng.random(200)
-        alone.append(copies_test(*ratios, rng.random(300), np.arange(300), LEVEL, needs_held_out=False))
-        related.append(copies_test(*ratios, rng.random(100)[patients], patients, LEVEL, needs_held_out=False))
+        samples = rng.random(200), np.arange(200)
+        alone.append(copies_test(*samples, rng.random(300), np.arange(300), LEVEL, each_image_once=False))
+        related.append(copies_test(*samples, rng.random(100)[patients], patients, LEVEL, each_image_once=False))
     for tests in (alone, related):
         p_values = np.array([test.p_value for test in tests])
         for level in (LEVEL, 0.05, 0.2):
@@ -288,7 +286,7 @@ def test_copies_test_alarms_as_often_as_stated() -> None:
 
 def test_share_raises_the_flag_only_above_that_of_training_images() -> None:
     """Held-out images of a distribution that differs a little are farther from everything, seen or not."""
-    quiet = copies_test(np.ones(50), np.ones(50), np.linspace(0, 1, 50), np.arange(50), LEVEL, needs_held_out=False)
+    quiet = copies_test(np.ones(50), np.arange(50), np.linspace(0, 1, 50), np.arange(50), LEVEL, each_image_once=False)
     of_training = ShareTest(share=0.57, p_value=0.03, two_sided=0.06)
     for p_above_training, loud in ((0.3, False), (1e-4, True)):
         found = Findings("pixels", 50, quiet, ShareTest(0.6, 5e-4, 1e-3), of_training, p_above_training, 0.0, 0.0)

@@ -119,11 +119,11 @@ def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
         num_samples=len(sample_distances),
         copies=copies_test(
             nearness_ratios(found.samples.distances),
-            nearness_ratios(found.samples_in_held_out.distances),
+            found.samples.ids[:, 0],
             nearness_ratios(found.reference.distances),
             rows.groups[rows.reference],
             level_of_a_test(2),
-            needs_held_out=found.space.is_learned,
+            each_image_once=found.space.is_learned,
         ),
         share=share,
         share_of_training=of_training,

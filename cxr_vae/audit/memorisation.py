@@ -2,8 +2,8 @@
 
 Blurred samples lie close to everything, and a test split may be of another distribution. So of the two tests that may
 raise the flag one compares a sample's nearest training image with its next ones (`copies_test`), as training images do
-that were made alike (`neighbours.likened`) and as the sample does among held-out images, and the other with its nearest
-held-out image (`matched_share`). Pure functions of arrays.
+that were made alike (`neighbours.likened`), and the other with its nearest held-out image (`matched_share`). Pure
+functions of arrays.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln
-from scipy.stats import betabinom, binom, mannwhitneyu
+from scipy.stats import betabinom, mannwhitneyu
 
 FALSE_ALARMS = 0.01
 """How often the flag is raised, at most, for new images of the training distribution: over all tests of an audit."""
@@ -51,19 +51,11 @@ class Limit:
     expected: float
     """Samples below it, if they were new images of the training distribution."""
     found: int
-    found_in_held_out: int
-    """Samples that have a held-out image as much to themselves, which the model never saw."""
-    p_new: float
-    """Of so many as are found, if samples were new images."""
-    p_held_out: float | None
-    """Of so many more among training images, if they were like the held-out ones to the model; None: not asked."""
+    num_images: int
+    """Training images that are nearest to these."""
+    p_value: float
     needed: int
     """So many below it would raise the flag; more than there are samples: it never could."""
-
-    @property
-    def p_value(self) -> float:
-        """Both have to be unlikely."""
-        return max(self.p_new, self.p_held_out or 0)
 
 
 @dataclass(frozen=True)
@@ -85,22 +77,9 @@ class CopiesTest:
         """Of all limits together (Bonferroni)."""
         return min(1.0, self.best.p_value * len(self.limits))
 
-    def stands_apart(self, level: float) -> Limit | None:
-        """Where samples alone would raise the flag, and don't since they stand out beside held-out images as well."""
-        if self.p_value <= level:
-            return None
-        limit = min(self.limits, key=lambda limit: limit.p_new)
-        return limit if limit.p_new * len(self.limits) <= level else None
-
 
 def copies_test(
-    ratios: Floats,
-    held_out_ratios: Floats,
-    reference: Floats,
-    reference_groups: Ints,
-    level: float,
-    *,
-    needs_held_out: bool,
+    ratios: Floats, nearest: Ints, reference: Floats, reference_groups: Ints, level: float, *, each_image_once: bool
 ) -> CopiesTest:
     """Compares samples' ratios (m,) with those of training images (R,) to other patients' training images.
 
@@ -109,10 +88,9 @@ def copies_test(
     independent draws: R is replaced by R² / Σ c² with c images of each patient (Kish 1965), which errs on the quiet
     side.
 
-    Samples may stand out by being unlike real images, and then beside held-out images as well. With `needs_held_out`
-    their ratios among these (m,) have to be above the limit more often, too: by the exact sign test of the samples that
-    are below it among one of the two alone (McNemar 1947). Where held-out images are fewer or of another distribution
-    their ratios are smaller, in general, and this errs on the quiet side.
+    `each_image_once`: of the samples that have the same training image as their `nearest` (m,) one counts. In learned
+    features samples that are unlike real images have the same few of these as their nearest, hubs (Radovanović et al.
+    2010), and would be taken for copies.
     `level`: p-values of the whole test up to this raise the flag.
     """
     _, counts = np.unique(reference_groups, return_counts=True)
@@ -122,27 +100,14 @@ def copies_test(
     ranks = sorted({max(1, int(share * independent)) for share in SHARES})
     for k in ranks:
         ratio = float(ordered[max(1, int(k * len(ordered) / independent)) - 1])
-        below, below_held_out = ratios < ratio, held_out_ratios < ratio
-        found, both = int(below.sum()), int((below & below_held_out).sum())
-        numbers = np.arange(len(ratios) + 1)
+        below = ratios < ratio
+        found, num_images = int(below.sum()), len(np.unique(nearest[below]))
         law = betabinom(len(ratios), k, independent + 1 - k)
-        p_new = np.minimum(1, law.pmf(numbers)[::-1].cumsum()[::-1])  # of 0, 1, … m or more
-        alone, alone_held_out = np.maximum(numbers - both, 0), int(below_held_out.sum()) - both
-        p_held_out = binom.sf(alone - 1, alone + alone_held_out, 0.5)
-        is_enough = np.maximum(p_new, p_held_out if needs_held_out else 0) <= level / len(ranks)
+        tail = law.pmf(np.arange(len(ratios) + 1))[::-1].cumsum()[::-1]  # of 0, 1, … m or more
+        needed = int(np.argmax(np.append(tail, 0) <= level / len(ranks)))
+        p_value = min(1.0, float(tail[num_images if each_image_once else found]))
         share = k / (independent + 1)
-        limits.append(
-            Limit(
-                share,
-                ratio,
-                len(ratios) * share,
-                found,
-                int(below_held_out.sum()),
-                float(p_new[found]),
-                float(p_held_out[found]) if needs_held_out else None,
-                int(np.argmax(np.append(is_enough, True))),
-            )
-        )
+        limits.append(Limit(share, ratio, len(ratios) * share, found, num_images, p_value, needed))
     return CopiesTest(limits, len(reference), independent)
 
 
@@ -259,9 +224,9 @@ def verdict(spaces: Sequence[Findings]) -> tuple[bool, str]:
         best = found.copies.best
         if found.copies.p_value <= level:
             reasons.append(
-                f"in {found.space}, {best.found} samples are nearer to a single training image than "
-                f"{1 - best.share:.1%} of new images would be, where {best.expected:.1f} were expected "
-                f"(p = {found.copies.p_value:.2g})"
+                f"in {found.space}, {best.found} samples are nearer to a single training image, one of "
+                f"{best.num_images}, than {1 - best.share:.1%} of new images would be, where {best.expected:.1f} were "
+                f"expected (p = {found.copies.p_value:.2g})"
             )
         if found.p_share <= level and not found.held_out_differs:
             reasons.append(

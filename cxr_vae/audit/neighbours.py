@@ -48,7 +48,7 @@ class Space:
     looked_at: Callable[[Fingerprints], Tensor]
     """(n, D) of n images."""
     is_learned: bool
-    """Whether a network finds samples unlike real images in ways that `likened` doesn't undo."""
+    """Whether a network says what is alike, to which a few images may be nearest to many."""
 
 
 def unit(vectors: Tensor) -> Tensor:

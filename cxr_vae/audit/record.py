@@ -23,10 +23,9 @@ PAIRS_SHOWN = 8
 
 RULE = (
     "The flag is raised where a test has p <= {level:.3g}, so that new images of the training distribution raise it at "
-    "most {alarms:.0%} of the time: in each space the copies test, against new images and, in features, against the "
-    "same samples beside held-out images; and the share of samples closer to training than to held-out images, against "
-    "half and against that of training images of other patients, unless the latter show that the held-out ones are of "
-    "another distribution."
+    "most {alarms:.0%} of the time: in each space the copies test, in which a training image counts once in features; "
+    "and the share of samples closer to training than to held-out images, against half and against that of training "
+    "images of other patients, unless the latter show that the held-out ones are of another distribution."
 )
 DISTANCE = (
     "sqrt(2 - 2 c), 0 to 2; pixels: c is the largest normalised cross-correlation of copies of 32 x 32 pixels over "
@@ -73,7 +72,7 @@ def record_of(
         "false_alarm_rate": FALSE_ALARMS,
         "level_of_a_test": level,
         "tables": [summary(found), limits(found), closest(pairs)],
-        "findings": remarks(found, (flag, reason), held_out.split, rows.num_left_out, circumstances["num_samples"]),
+        "findings": remarks(found, flag, reason, held_out.split, rows.num_left_out, circumstances["num_samples"]),
         "pictures": [{"title": "Closest pairs: sample above its nearest training image", "file": PICTURE}],
         "spaces": {
             one.space: asdict(one)
@@ -135,7 +134,7 @@ def limits(found: Sequence[Findings]) -> dict[str, Any]:
         "of new images below, in %",
         "expected",
         "found",
-        "found among held-out images",
+        "training images of these",
         "p",
         "raises the flag at",
     ]
@@ -146,7 +145,7 @@ def limits(found: Sequence[Findings]) -> dict[str, Any]:
             percent(limit.share),
             round(limit.expected, 1),
             limit.found,
-            limit.found_in_held_out,
+            limit.num_images,
             round_p(limit.p_value),
             limit.needed if limit.needed <= one.num_samples else None,
         ]
@@ -175,10 +174,9 @@ def closest(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def remarks(
-    found: Sequence[Findings], judged: tuple[bool, str], split: str, num_left_out: int, num_samples: int
+    found: Sequence[Findings], flag: bool, reason: str, split: str, num_left_out: int, num_samples: int
 ) -> list[dict[str, str]]:
     """What a reader must know, in sentences."""
-    (flag, reason), level = judged, level_of_a_test(len(found))
     said = [
         {
             "level": "warning" if flag else "ok",
@@ -193,14 +191,6 @@ def remarks(
                     f"{one.share_of_training.share:.1%} are closer to other training patients than to the {split} "
                     f"split (p = {one.share_of_training.two_sided:.2g}). The samples' share says nothing then, and the "
                     "flag doesn't use it."
-                )
-            )
-        if apart := one.copies.stands_apart(level):
-            said.append(
-                note(
-                    f"In {one.space}, {apart.found} samples are nearer to a single training image than "
-                    f"{1 - apart.share:.1%} of new images would be, but {apart.found_in_held_out} are as near to a "
-                    f"single image of the {split} split, which the model never saw: unlike real images, and no copies."
                 )
             )
         needed = min(limit.needed for limit in one.copies.limits)
