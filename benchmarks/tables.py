@@ -46,10 +46,18 @@ TABLES: dict[str, list[str]] = {
         "python -m benchmarks.floors {work}/shards_224",
         "python -m benchmarks.evaluate {work}/run --num 128 --rounds 5",
     ],
-    "memorisation": ["python -m benchmarks.memorisation {data} {work}/memorisation"],
+    "memorisation": ["python -m benchmarks.memorisation {data} {work}/memorisation --features benchmarks.lite0:lite0"],
     "scale": ["python -m benchmarks.scale", "python -m benchmarks.on_paper"],
     "speed": ["python -m benchmarks.speed"],
     "h200": ["python -m benchmarks.speed_gpu {data} {work}/speed_gpu"],
+    "quality-224px": [
+        SHARD_224,
+        "cxr-vae train configs/best.yaml data.shards={work}/shards_224 run_dir={work}/best_224",
+        "cxr-vae prior {work}/best_224",
+        "python -m benchmarks.quality {work}/best_224 --out {work}/best_224.json",
+        "cxr-vae train configs/reference.yaml data.shards={work}/shards_224 run_dir={work}/reference_224 epochs=10",
+        "python -m benchmarks.quality {work}/reference_224 --priors standard --out {work}/reference_224.json",
+    ],
     "quality-64px": [
         SHARD_64,
         *(
