@@ -121,6 +121,21 @@ def test_of_equal_files_one_is_kept_and_none_of_two_classes(tmp_path: Path) -> N
     assert len(kept) == 80 - 1
 
 
+def test_a_class_that_lies_in_one_split_alone_is_divided_among_all(tmp_path: Path) -> None:
+    """As a class is that a user adds to Kaggle's folder; sharded as it lies it would be missing in the test split."""
+    source = tmp_path / "source"
+    draw_source(source, {"train": (20, 20, 20), "test": (20, 20)})
+    with pytest.raises(UserError, match=r"test/COVID is missing.*cxr-vae split"):
+        write_shards(source, tmp_path / "none", Preprocessing(32))
+    file = tmp_path / "split.csv"
+    assert cxr_vae("split", source, "--out", file, "--fractions", "train=0.8,test=0.2").returncode == 0
+    shards = write_shards(source, tmp_path / "shards", Preprocessing(32), split_file=file, workers=1)
+    for name in ("train", "test"):
+        index = shards.split(name)
+        assert set(index.labels.tolist()) == {0, 1, 2}, name
+        assert index.classes == ["COVID", "NORMAL", "PNEUMONIA"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -40,7 +40,7 @@ def split(arguments: argparse.Namespace) -> int:
     from cxr_vae.data.split_file import write_split_file
 
     division = divide(
-        scan(arguments.source),
+        scan(arguments.source, every_class=False),
         parse_fractions(arguments.fractions),
         arguments.seed,
         drop_duplicates=arguments.drop_duplicates,

@@ -53,7 +53,7 @@ def write_shards(
     Images that can't be read are listed in `rejected.csv`; where they are more than the share `max_rejected` of all,
     the job stops with UserError. `workers` processes (all cores by default) give the same bytes as one.
     """
-    layout = scan(source)
+    layout = scan(source, every_class=split_file is None)
     divided = read_split_file(split_file) if split_file else None
     if divided:
         layout = apply_split(layout, divided)

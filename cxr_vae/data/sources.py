@@ -44,10 +44,11 @@ class Layout:
     ignored: tuple[tuple[str, str], ...]
 
 
-def scan(root: Path) -> Layout:
+def scan(root: Path, *, every_class: bool = True) -> Layout:
     """Lists the images below `root` without opening them.
 
-    Raises UserError where the folder is missing, isn't laid out by split and class, or lacks a class in a split.
+    Raises UserError where the folder is missing, isn't laid out by split and class, or, with `every_class`, lacks a
+    class in a split.
     """
     if not root.exists():
         raise UserError(f"{root}: no such folder; {EXPECTED}")
@@ -79,7 +80,8 @@ def scan(root: Path) -> Layout:
         tuple(images),
         tuple(ignored),
     )
-    _refuse_missing_classes(layout)
+    if every_class:
+        _refuse_missing_classes(layout)
     return layout
 
 
@@ -111,7 +113,8 @@ def _refuse_missing_classes(layout: Layout) -> None:
                 state = "is empty" if folder.is_dir() else "is missing"
                 raise UserError(
                     f"{folder} {state}, while other splits have the class {label}: "
-                    f"every split needs every class ({', '.join(layout.classes)})"
+                    f"every split needs every class ({', '.join(layout.classes)}); add images of it, or divide the "
+                    "folder anew with `cxr-vae split` and --split-file"
                 )
 
 

@@ -84,7 +84,7 @@ class MixturePrior(Prior):
                 what = f"class {names[label]}" if names and self.num_classes else "the split"
                 raise UserError(
                     f"{what} has {len(chosen)} training images, too few for a mixture (it takes {2 * HELD_OUT}): "
-                    "set prior.class_conditional=false or use prior.name=standard"
+                    "use prior.name=standard, or, where model.num_classes=0, prior.class_conditional=false"
                 )
             mixtures.append(fit_mixture(chosen, self.num_components, seed_of(seed, "component", label) % 2**32))
         self._take(mixtures)
