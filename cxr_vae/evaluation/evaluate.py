@@ -82,8 +82,7 @@ def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
         found = {name: extract(images, network, here) for name, images in sets.items()}
         if not here.is_main:
             return {}
-        first = first_images(real_index, num_real, model, config, here.device)
-        save_latent_pictures(run.evaluation / "pictures", model, *first)
+        save_latent_pictures(run.evaluation / "pictures", model, *first_images(real_index, num_real, model, config))
         results = results_of(sets, {name: of or {} for name, of in found.items()}, network, config, request)
         results["elapsed_s"] = round(time.perf_counter() - started, 2)
         keep_earlier(run.results)

@@ -103,11 +103,10 @@ def reconstructions(
     return ImageSet("reconstructions", num, fetch, facts, run.evaluation / "features", extra=extra)
 
 
-def first_images(
-    index: SplitIndex, num: int, model: VAE, config: Config, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+def first_images(index: SplitIndex, num: int, model: VAE, config: Config) -> tuple[Tensor, Tensor | None]:
     """The first block of the same `num`, (n, 1, H, W) float32, and classes (n,) where the decoder is told them."""
     dataset, rows = XrayDataset(index, in_memory=False, workers=1), rows_of(index, num, config)[:BLOCK]
+    device = next(model.parameters()).device
     labels = dataset.labels(rows, device) if model.num_classes else None
     return to_float(dataset.images(rows), device), labels
 
