@@ -48,7 +48,7 @@ class Space:
     looked_at: Callable[[Fingerprints], Tensor]
     """(n, D) of n images."""
     is_learned: bool
-    """Whether a network says what is alike, to which a few images may be nearest to many."""
+    """Whether a network's features are compared, among which a few images may be the nearest of many others."""
 
 
 def unit(vectors: Tensor) -> Tensor:

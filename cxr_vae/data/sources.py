@@ -114,7 +114,7 @@ def _refuse_missing_classes(layout: Layout) -> None:
                 raise UserError(
                     f"{folder} {state}, while other splits have the class {label}: "
                     f"every split needs every class ({', '.join(layout.classes)}); add images of it, or divide the "
-                    "folder anew with `cxr-vae split` and --split-file"
+                    "folder anew by `cxr-vae split`, whose file `cxr-vae shard --split-file` takes"
                 )
 
 
