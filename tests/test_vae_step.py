@@ -153,14 +153,13 @@ def test_micro_batches_make_no_difference() -> None:
 def one_process(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[float]]:
     """Gradients of the first step, and the losses of a run, of one process."""
     folder = tmp_path_factory.mktemp("one")
-    found = on_ranks("gradients", 1, folder, shards, folder / "run", *OF_RANKS)[0]
+    found = on_ranks("gradients", 1, folder, shards, folder / "run", *OF_RANKS, MATCHING)[0]
     return found, losses_of(folder, 1, shards, *OF_RANKS)
 
 
-OF_RANKS = (
-    *("adversarial_weight=0.7", "feature_matching_weight=10", "adversarial_channels=4"),
-    *("num_classes=2", "likelihood=gaussian", "norm=group"),
-)
+OF_RANKS = ("adversarial_weight=0.7", "adversarial_channels=4", "num_classes=2", "likelihood=gaussian", "norm=group")
+MATCHING = "feature_matching_weight=10"
+"""For one step alone: its gradient jumps where two features are the same, and rounding decides to which side."""
 
 
 def losses_of(folder: Path, ranks: int, shards: Path, *options: str) -> list[float]:
@@ -177,12 +176,12 @@ def test_two_processes_are_as_one(
     one_process: tuple[dict[str, Tensor], list[float]], shards: Path, tmp_path: Path
 ) -> None:
     expected, losses = one_process
-    for found in on_ranks("gradients", 2, tmp_path, shards, tmp_path / "run", "accumulate=2", *OF_RANKS):
+    for found in on_ranks("gradients", 2, tmp_path, shards, tmp_path / "run", "accumulate=2", *OF_RANKS, MATCHING):
         torch.testing.assert_close(found.pop("sums"), expected["sums"], rtol=1e-6, atol=1e-6)
         assert any(name.startswith("critic.") for name in found)
         assert_near(found, {name: tensor for name, tensor in expected.items() if name != "sums"}, 1e-4)
     assert len(losses) == 30
-    assert losses_of(tmp_path, 2, shards, *OF_RANKS) == pytest.approx(losses, rel=1e-4, abs=2e-4)
+    assert losses_of(tmp_path, 2, shards, *OF_RANKS) == pytest.approx(losses, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("what", ["image", "discriminator"])
