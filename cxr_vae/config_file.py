@@ -56,7 +56,7 @@ _Core.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.val
 SHIPPED = Path(__file__).with_name("configs")
 """The configurations that come with the package; in a checkout a link to the folder at its top."""
 
-SAMPLING = ("num_steps", "guidance")
+SAMPLING = ("num_steps", "guidance", "autoguidance")
 """Of the prior's options, what is settled when images are drawn, not when it is fitted."""
 
 PRIOR_OPTIONS = ("prior.name", *(f"prior.{name}" for name in SAMPLING))

@@ -5,25 +5,35 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
 from cxr_vae.config import Config
+from cxr_vae.config.section import Section
 from cxr_vae.data.index import SplitIndex
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
 from cxr_vae.models import VAE, build_model
 
-PATHS: Any = {"run_dir": True, "resources": True, "data": {"source", "shards"}}
+SectionT = TypeVar("SectionT", bound=Section)
+
+PATHS: Any = {
+    "run_dir": True,
+    "resources": True,
+    "data": {"source", "split_file", "shards"},
+    "evaluate": {"features_weights"},
+}
 """Of the configuration, what stays out of the file: paths and resources of the machine that trained."""
 
 WORDS = {
     "missing": "is missing: it is written when training has finished",
     "damaged": "is not a file of trained weights, or damaged; delete it and train again, which writes it anew",
+    "holds": "config",
 }
 
 
@@ -35,7 +45,7 @@ def save_vae(path: Path, model: VAE, config: Config, **facts: str | int | list[s
 def load_vae(path: str | Path, device: torch.device | str = "cpu") -> tuple[VAE, Config]:
     """The network in evaluation mode and its configuration, from a file that `save_vae` wrote."""
     with opened(path, device, **WORDS) as (file, facts):
-        config = Config.model_validate(facts["config"])
+        config = understood(Config, facts["config"], path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     model = build_model(config)
     model.load_state_dict(tensors)
@@ -72,16 +82,32 @@ def save_weights(path: Path, module: nn.Module, facts: Mapping[str, Any]) -> Non
 
 @contextmanager
 def opened(
-    path: str | Path, device: torch.device | str = "cpu", *, missing: str, damaged: str
+    path: str | Path, device: torch.device | str = "cpu", *, missing: str, damaged: str, holds: str
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file and the facts in it; UserError with what follows on its path where it is none of ours or damaged."""
+    """The file and the facts in it, `holds` among them; UserError with what follows on its path where it is none of ours
+    or damaged.
+    """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            yield file, json.loads(file.metadata()["cxr_vae"])
+        whole = safe_open(path, framework="pt", device=str(device))
+        facts = json.loads(whole.metadata()["cxr_vae"])
+        facts[holds]
     except FileNotFoundError:
         raise UserError(f"{path} {missing}") from None
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} {damaged}") from None
+    with whole as file:
+        yield file, facts
+
+
+def understood(kind: type[SectionT], options: Mapping[str, Any], path: str | Path) -> SectionT:
+    """Options that a file carries; UserError where this version has other ones."""
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        options_of_it = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))
+        raise UserError(
+            f"{path} is of another version of cxr_vae, which took {options_of_it} otherwise: use that version"
+        ) from None
 
 
 def hyperparameters(config: Config, model: VAE) -> dict[str, str | int | float]:

@@ -276,6 +276,51 @@ class TestFlowMatching:
             prior.guidance = 3.0
             assert not torch.allclose(prior.sample(noise, shares, labels), plain, atol=1e-3)
 
+    def test_autoguidance_of_one_is_none_and_of_zero_is_the_guide(self) -> None:
+        prior = built("flow_matching", guide_channels=[32], guidance=1.5)
+        noise, shares, labels = normal(0, "generate", 0, 4, SPATIAL), torch.zeros(4), torch.tensor([0, 1, 0, 1])
+        with torch.no_grad():
+            plain = prior.sample(noise, shares, labels)
+            prior.autoguidance = 1 + 1e-9
+            torch.testing.assert_close(prior.sample(noise, shares, labels), plain, rtol=1e-3, atol=1e-4)
+            prior.autoguidance = 2.0
+            u, v = prior.guide(noise, torch.zeros(4), labels), prior.velocity(noise, 0.0, labels)
+            prior.autoguidance = 1.0
+            torch.testing.assert_close(v, u + 2 * (prior.velocity(noise, 0.0, labels) - u), rtol=1e-4, atol=1e-5)
+            prior.autoguidance, prior.network, prior.guidance = 0.0, Growing(), 1.0
+            led = prior.sample(noise, shares, labels)
+            prior.network, prior.autoguidance = prior.guide, 1.0
+            torch.testing.assert_close(led, prior.sample(noise, shares, labels))
+
+    def test_a_guide_learns_the_same_and_changes_neither_loss_nor_gradient_of_the_network(self) -> None:
+        alone, led = built("flow_matching"), built("flow_matching", guide_channels=[32])
+        led.network.load_state_dict(alone.network.state_dict())
+        small = built("flow_matching", channels=[32])
+        small.network.load_state_dict(led.guide.state_dict())
+        draw = (normal(0, "grid", 0, 3, SPATIAL), normal(0, "generate", 0, 3, SPATIAL), torch.tensor([0.05, 0.4, 0.9]))
+        losses = [prior.loss(*draw, torch.tensor([1, 0, 1])) for prior in (alone, led, small)]
+        assert torch.equal(losses[0], losses[1])
+        for loss in losses:
+            loss.sum().backward()
+        for found, expected in ((led.network, alone.network), (led.guide, small.network)):
+            for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad)
+
+    @pytest.mark.parametrize(
+        ("options", "num_classes", "told"),
+        [
+            ({"autoguidance": 2.0}, 2, "prior.autoguidance=2 needs a prior that was fitted with prior.guide_channels"),
+            ({"guidance": 3.0}, 0, "prior.guidance=3 needs a prior that was fitted with prior.class_conditional"),
+            ({"guidance": 3.0, "label_dropout": 0.0}, 2, "prior.label_dropout above 0"),
+            ({"guide_channels": [8, 8, 8, 8]}, 2, "prior.guide_channels has 4 resolutions, which takes latents of a"),
+        ],
+    )
+    def test_guidance_by_what_was_not_trained_is_refused(
+        self, options: dict[str, object], num_classes: int, told: str
+    ) -> None:
+        with pytest.raises(UserError, match=told):
+            built("flow_matching", num_classes=num_classes, **options)
+
     def test_it_learns_mean_and_covariance_of_each_class(self) -> None:
         shape = (2, 2, 2)
         config = PriorConfig(name="flow_matching", channels=[16], num_blocks=1, num_steps=8)
@@ -312,9 +357,10 @@ class TestFlowMatching:
             prior.to(memory_format=torch.channels_last)
             torch.testing.assert_close(prior.sample(noise, torch.zeros(3), labels), plain, rtol=1e-3, atol=1e-4)
 
-    def test_the_loss_is_one_graph(self) -> None:
+    @pytest.mark.parametrize("guide", [[], [32]])
+    def test_the_loss_is_one_graph(self, guide: list[int]) -> None:
         """So it can be compiled whole, and captured in a CUDA graph: no branch depends on a tensor."""
-        prior = built("flow_matching")
+        prior = built("flow_matching", guide_channels=guide)
         arguments = (torch.randn(2, *SPATIAL), torch.randn(2, *SPATIAL), torch.rand(2), torch.tensor([0, 1]))
         whole = torch.compile(prior, backend="eager", fullgraph=True)
         torch.testing.assert_close(whole(*arguments), prior(*arguments))
@@ -359,6 +405,8 @@ class TestFiles:
         sampling = PriorConfig(num_steps=7, guidance=2.5)
         prior, _ = load_prior(path, sampling, "a" * 64)
         assert (prior.num_steps, prior.guidance) == (7, 2.5)
+        with pytest.raises(UserError, match="needs a prior that was fitted with prior.guide_channels"):
+            load_prior(path, PriorConfig(autoguidance=2), "a" * 64)
 
     def test_damaged_and_foreign_files_are_refused(self, tmp_path) -> None:
         path = tmp_path / "p.safetensors"

@@ -15,15 +15,15 @@ from cxr_vae.weights import save_vae
 
 
 class Decoder(nn.Module):
-    """Latents (B, *latent_shape) to images (B, 1, H, W) in [0, 1]."""
+    """Latents (B, *latent_shape), and classes (B,) int64 where it is told of them, to images (B, 1, H, W) in [0, 1]."""
 
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.vae = vae
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """The pixels' means."""
-        return self.vae.image(latents)
+        return self.vae.image(latents, labels)
 
 
 def export_run(run: RunDir, which: str, out: Path | None, decoder: Path | None) -> list[Path]:
@@ -44,9 +44,12 @@ def export_run(run: RunDir, which: str, out: Path | None, decoder: Path | None) 
     save_vae(weights, vae, config, **facts)
     if decoder is None:
         return [weights]
+    example = [torch.zeros(2, *vae.latent_shape)]
+    if config.model.num_classes:
+        example.append(torch.zeros(2, dtype=torch.int64))
     batch = {0: torch.export.Dim("batch")}
-    example = (torch.zeros(2, *vae.latent_shape),)
-    torch.export.save(torch.export.export(Decoder(vae), example, dynamic_shapes=(batch,)), decoder)
+    program = torch.export.export(Decoder(vae), tuple(example), dynamic_shapes=(batch,) * len(example))
+    torch.export.save(program, decoder)
     return [weights, decoder]
 
 

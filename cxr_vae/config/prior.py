@@ -28,6 +28,9 @@ class PriorConfig(Section):
         description="width of flow_matching at each resolution; each further one is half the side",
     )
     num_blocks: int = Field(2, ge=1, description="residual blocks of flow_matching at each resolution")
+    guide_channels: list[int] = Field(
+        [], description="as channels, of a small network trained beside, which autoguidance needs; []: none"
+    )
     times: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="how often flow_matching trains at which time; logit_normal: the middle more often"
     )
@@ -36,6 +39,9 @@ class PriorConfig(Section):
     )
     num_steps: int = Field(25, ge=1, description="steps of flow_matching from noise to a latent, two calls each")
     guidance: float = Field(1.0, ge=0, description="of flow_matching towards the class; 1: none, more: more typical")
+    autoguidance: float = Field(
+        1.0, ge=0, description="of flow_matching away from what the small network draws; 1: none, 1.5 to 2: sharper"
+    )
     batch_size: int = Field(256, ge=1, description="latents a step of flow and flow_matching over all ranks together")
     epochs: int = Field(200, ge=1, description="passes over the training split's latents")
     lr: float = Field(1e-3, gt=0, description="learning rate of AdamW, which decays to 0 as a cosine")
@@ -46,6 +52,7 @@ class PriorConfig(Section):
 
     @model_validator(mode="after")
     def _positive_channels(self) -> "PriorConfig":
-        if min(self.channels) < 1:
-            raise ValueError("prior.channels should hold positive integers")
+        for name in ("channels", "guide_channels"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"prior.{name} should hold positive integers")
         return self

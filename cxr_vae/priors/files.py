@@ -13,11 +13,12 @@ from cxr_vae.config import PriorConfig
 from cxr_vae.config_file import SAMPLING
 from cxr_vae.errors import UserError
 from cxr_vae.priors import PRIORS, Prior
-from cxr_vae.weights import opened, save_weights
+from cxr_vae.weights import opened, save_weights, understood
 
 WORDS = {
     "missing": "is missing: fit it with `cxr-vae prior`",
     "damaged": "is not a file of a prior, or damaged; delete it and fit it again with `cxr-vae prior`",
+    "holds": "prior",
 }
 
 
@@ -75,7 +76,7 @@ def load_prior(
     with opened(path, device, **WORDS) as (file, facts):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         of_sampling = {name: getattr(sampling, name) for name in SAMPLING}
-        config = PriorConfig.model_validate(facts["prior"] | of_sampling)
+        config = understood(PriorConfig, facts["prior"] | of_sampling, path)
         prior = PRIORS[config.name](config, tuple(facts["latent_shape"]), len(facts["classes"]))
         prior.load_state_dict(tensors)
     if facts["weights_sha256"] != weights_sha256:

@@ -42,8 +42,8 @@ def generate(
     holds anything else.
     """
     with world(device) as here:
-        model, config = load_vae(run.weights, here.device)
-        config = override_config(config, overrides, PRIOR_OPTIONS)
+        model, _ = load_vae(run.weights, here.device)
+        config = override_config(run.saved_config(), overrides, PRIOR_OPTIONS)
         sampler = open_sampler(run, model, config, here.device, seed=seed, temperature=temperature, label=label)
         if here.is_main:
             claim(out, sampler.facts, replace=False)

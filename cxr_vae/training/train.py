@@ -106,7 +106,11 @@ class Training(Loop):
         set_aside(self.run.weights)
 
     def export(self) -> str:
-        """See Loop.export: the weights, with the curves and hyperparameters that belong to them."""
+        """See Loop.export: the weights, with the curves and hyperparameters that belong to them.
+
+        Weights that are there are of this step, since `set_aside` renames others. They stay as they are: priors and
+        figures belong to the file's very bytes, and options that may change later are among them.
+        """
         config, state, run = self.config, self.state, self.run
         epochs = read_epochs(run)
         if epochs:
@@ -114,7 +118,9 @@ class Training(Loop):
         sizes = {"num_train_images": len(self.train_set), "num_test_images": len(self.test_set)}
         write_json(run.path / "hyperparameters.json", hyperparameters(config, self.vae) | sizes)
         classes = list(self.train_set.index.classes)
-        save_vae(run.weights, self.vae, config, step=state.step, samples_seen=state.samples_seen, classes=classes)
+        if not run.weights.is_file():
+            facts = {"step": state.step, "samples_seen": state.samples_seen, "classes": classes}
+            save_vae(run.weights, self.vae, config, **facts)
         return f"trained weights: {run.weights}"
 
     def flops_per_image(self) -> int:
