@@ -84,11 +84,9 @@ def save_weights(path: Path, module: nn.Module, facts: Mapping[str, Any]) -> Non
 def opened(
     path: str | Path, device: torch.device | str = "cpu", *, missing: str, damaged: str, holds: str
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file and the facts in it, `holds` among them; UserError with what follows on its path where it is none of ours
-    or damaged.
-    """
+    """The file and the facts in it; UserError, in these words, where it is missing, or damaged or without `holds`."""
     try:
-        whole = safe_open(path, framework="pt", device=str(device))
+        whole: Any = safe_open(path, framework="pt", device=str(device))
         facts = json.loads(whole.metadata()["cxr_vae"])
         facts[holds]
     except FileNotFoundError:

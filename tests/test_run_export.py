@@ -57,6 +57,18 @@ def test_the_decoder_as_a_program_gives_the_same_images(averaged: Path, tmp_path
         torch.testing.assert_close(decode(latents), vae.decode(latents).sigmoid())
 
 
+def test_the_decoder_of_a_model_that_is_told_the_class_takes_classes(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cxr_vae(*arguments(shards, run, "epochs=1", "model.num_classes=2")).returncode == 0
+    result = cxr_vae("export", run, "--decoder", tmp_path / "d.pt2")
+    assert result.returncode == 0, result.stderr
+    vae, _ = load_vae(run / "vae_final.safetensors")
+    decode = torch.export.load(tmp_path / "d.pt2").module()
+    for batch in (1, 5):
+        latents, labels = torch.randn(batch, 4), torch.arange(batch) % 2
+        torch.testing.assert_close(decode(latents, labels), vae.image(latents, labels))
+
+
 def test_checkpoints_are_listed_with_their_verdict(averaged: Path, tmp_path: Path) -> None:
     run = shutil.copytree(averaged, tmp_path / "run")
     newest = published(run / "checkpoints")[0]

@@ -19,8 +19,8 @@ from cxr_vae.priors.unet import UNet
 class FlowMatchingPrior(Prior):
     """Latents are where the field takes noise between t = 0 and t = 1: dx = v(x, t, y) dt.
 
-    It is trained on x_t = (1 - t) ε + t z to give z - ε. Class number `num_classes` means "not told". A guide is a small
-    network of the same task, trained on the same draws: where the two differ, the field is led on, away from the guide.
+    It is trained on x_t = (1 - t) ε + t z to give z - ε. Class number `num_classes` means "not told". A guide is a
+    small network with the same task, trained on the same draws: where they differ, the field is led on, away from it.
     """
 
     trained_by_gradient = True
@@ -56,7 +56,8 @@ class FlowMatchingPrior(Prior):
         here, velocity = (1 - at) * noise + at * target, target - noise
 
         def error(network: UNet) -> Tensor:
-            return (network(here, times, classes).float() - velocity).square().flatten(1).mean(1)
+            of_latent: Tensor = (network(here, times, classes).float() - velocity).square().flatten(1).mean(1)
+            return of_latent
 
         loss = error(self.network)
         if self.guide is not None:

@@ -119,8 +119,8 @@ class Training(Loop):
         write_json(run.path / "hyperparameters.json", hyperparameters(config, self.vae) | sizes)
         classes = list(self.train_set.index.classes)
         if not run.weights.is_file():
-            facts = {"step": state.step, "samples_seen": state.samples_seen, "classes": classes}
-            save_vae(run.weights, self.vae, config, **facts)
+            seen = state.samples_seen
+            save_vae(run.weights, self.vae, config, step=state.step, samples_seen=seen, classes=classes)
         return f"trained weights: {run.weights}"
 
     def flops_per_image(self) -> int:
