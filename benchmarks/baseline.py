@@ -1,6 +1,6 @@
 """The plain program: a VAE on chest X-rays as most people would write it. It is the yardstick of benchmarks/speed.py.
 
-    python benchmarks/baseline.py SOURCE OUT [--epochs 1] [--image-size 224] [--evaluate 1000 --inception-weights FILE]
+    python -m benchmarks.baseline SOURCE OUT [--epochs 1] [--image-size 224] [--evaluate 1000 --inception-weights FILE]
 
 SOURCE holds train/CLASS/*.jpeg and test/CLASS/*.jpeg. Imports nothing of cxr_vae. Original files are decoded and
 resized in every epoch, by two workers of a DataLoader; everything is computed in float32; the loss is binary

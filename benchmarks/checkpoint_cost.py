@@ -1,6 +1,6 @@
 """How long a save holds up the training loop: ours against torch.save and torch.distributed.checkpoint.
 
-    python benchmarks/checkpoint_cost.py [--out DIR] [--rounds 7] [--models reference wide]
+    python -m benchmarks.checkpoint_cost [--out DIR] [--rounds 7] [--models reference wide]
 
 The state is that of the reference model (183 MB with Adam's moments) and of one ten times as large, on the CPU, in one
 process; it needs 8 GB of memory and 4 GB of disk in DIR. First table: the three methods in turn, in another order each

@@ -1,6 +1,6 @@
 """Damages checkpoints in every way and fills the disk; training must notice, fall back, and execute nothing.
 
-    python benchmarks/corruption.py [--rounds 8]
+    python -m benchmarks.corruption [--rounds 8]
 
 Two runs, of one process and of two, are trained to three checkpoints each. A copy's newest checkpoint, or its newest
 two, are damaged; then training is resumed: it must load the newest that is whole, name each it skipped with the
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import make_shards
 from tabulate import tabulate
+
+from benchmarks.faults import make_shards
 
 OPTIONS = ("image_size=32", "model.channels=[8, 16]", "latent_dim=4", "batch_size=14", "device=cpu", "ema_decay=0.9")
 LENGTH = ("epochs=3", "checkpoint.every_steps=5", "checkpoint.best=false")

@@ -1,6 +1,6 @@
 """A run whose number of processes changes on the way, against the same run on 1 process and on 4 throughout.
 
-    python benchmarks/elastic.py SHARDS [--steps 40]
+    python -m benchmarks.elastic SHARDS [--steps 40]
 
 The run is stopped after each quarter of its steps and started again from its checkpoint with another number of
 processes: 4, 2, 3 and 1. Each rank records the ids of the images it trains on and the SHA-256 of the noise it draws for
@@ -25,6 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from cxr_vae.config_file import load_config
+from cxr_vae.console import Progress
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import World, world
 from cxr_vae.run_dir import RunDir
@@ -49,7 +50,7 @@ def leg(here: World, folder: Path, stop: int, options: list[str]) -> None:
     for rows in training.slices():
         if training.state.step == stop:
             break
-        training.step(training.train_set.images(rows))
+        training.log_step(training.step(training.train_set.images(rows)), Progress(0, "train", enabled=False))
         digests = [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in noise.pop()]
         steps[training.state.step] = {"ids": [sources[row] for row in rows], "noise": digests}
     training.checkpoints.save(training.state)

@@ -1,6 +1,6 @@
 """How long figures take, against torch-fidelity's own command on the same PNGs with the same network.
 
-    python benchmarks/evaluate.py RUN [--num 128] [--rounds 5]
+    python -m benchmarks.evaluate RUN [--num 128] [--rounds 5]
 
 RUN is a trained run; its shards have to be there. Interleaved rounds, each in processes of its own, on the two folders
 of PNGs that an evaluation left: torch-fidelity (FID, KID, IS); our features and figures of them (more of them, with

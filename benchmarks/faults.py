@@ -1,6 +1,6 @@
 """Kills training runs over and over; each must end with the weights of a run that was never disturbed.
 
-    python benchmarks/faults.py [--kills 200] [--seed 0]
+    python -m benchmarks.faults [--kills 200] [--seed 0]
 
 A run of 1 or 2 processes is killed (SIGKILL) some eight times, each time started again by the same command, then left
 to finish: at random moments one rank, all ranks, torchrun alone, or all at once; and from within, at each phase of a

@@ -1,6 +1,6 @@
 """Real images against real images: how large each figure is where nothing was generated, by the number of images.
 
-    python benchmarks/floors.py SHARDS [--features random] [--nums 100 300 624 1000 2600]
+    python -m benchmarks.floors SHARDS [--features random] [--nums 100 300 624 1000 2600]
 
 Between the test and the train split, between two halves of the train split that share no patient, and the same within
 each class, each at several numbers of images drawn at random. Prints a table; the intervals are those of `evaluate`.

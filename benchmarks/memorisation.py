@@ -1,19 +1,15 @@
 """What `cxr-vae audit` says of sets whose memorisation is known: real images, training images, planted copies.
 
-    python benchmarks/memorisation.py SOURCE WORK [--num 300] [--train-share 0.8] [--features random]
+    python -m benchmarks.memorisation SOURCE WORK [--num 300] [--train-share 0.8] [--features random]
 
 SOURCE is Kaggle's chest-xray-pneumonia. In WORK its training patients are divided into train (80 %), held (10 %) and
 new (10 %), its test split stays as it is, and all of it is sharded. Each set is 300 PNGs that are audited against
-train, with held or with the shifted test split as held-out images. Features of equal images are computed once for all
-sets. A second call goes on where the first was.
+train, with held or with the shifted test split as held-out images. A second call goes on where the first was.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +19,6 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from cxr_vae import audit as audit_module
 from cxr_vae.audit.audit import audit
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.data.dataset import XrayDataset
@@ -31,7 +26,6 @@ from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.shards import write_shards
 from cxr_vae.data.sources import patient_of
 from cxr_vae.data.tars import Preprocessing
-from cxr_vae.evaluation.features import FeatureNetwork, Features, load_network
 from cxr_vae.files import write_atomically
 from cxr_vae.run_dir import RunDir
 
@@ -84,27 +78,6 @@ def unchanged(images: Tensor) -> Tensor:
     return images
 
 
-@dataclass(frozen=True)
-class Remembering(FeatureNetwork):
-    """A feature network that computes an image once: here the sets share most of theirs."""
-
-    known: dict[bytes, Tensor] = field(default_factory=dict)
-
-    def __call__(self, images: Tensor) -> Features:
-        names = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
-        new = [place for place, name in enumerate(names) if name not in self.known]
-        if new:
-            self.known.update(zip([names[place] for place in new], super().__call__(images[new]).pooled, strict=True))
-        pooled = torch.stack([self.known[name] for name in names])
-        return Features(pooled, pooled[:, :0])
-
-
-@cache
-def remembering(name: str, device: torch.device) -> FeatureNetwork:
-    network = load_network(name, device)
-    return Remembering(network.name, network.weights_sha256, network.module, network.device)
-
-
 class Sets:
     """Folders of PNGs made from the shards, with the training image each copy is of."""
 
@@ -152,7 +125,6 @@ def main() -> int:
     arguments = parser.parse_args()
     work: Path = arguments.work
     divide(arguments.source, work / "images", arguments.train_share)
-    audit_module.load_network = remembering
     write_shards(work / "images", work / "shards", Preprocessing(224), workers=1)
     config = load_config(None, [f"data.shards={work / 'shards'}", f"run_dir={work / 'run'}", "device=cpu"])
     run = RunDir(Path(config.run_dir))

@@ -1,6 +1,6 @@
 """Which images each step trains on, by 1, 2 and 4 processes: they should be the same.
 
-    python benchmarks/order.py SHARDS [--steps 40] [--batch-size 32]
+    python -m benchmarks.order SHARDS [--steps 40] [--batch-size 32]
 
 Each run opens the shards with torchrun's processes as training does, and takes the rows of its own slices from the
 index; the ids of a step are the ranks' ids one after another. Prints a line a step and the verdict; exits with 1 where

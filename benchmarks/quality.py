@@ -127,13 +127,14 @@ def training_facts(run: RunDir, config: Config) -> dict[str, Any]:
 
 
 def distance_to_training(run: RunDir, config: Config, num: int) -> float:
-    """Fréchet distance of `num` samples to as many training images, the same ones for all runs."""
+    """Fréchet distance of `num` samples to as many training images, the same ones for all runs, or to all there are."""
+    index = open_split(config.data, config.data.train_split)
+    num = min(num, len(index))
     options = [f"evaluate.num_generated={num}"]
     with world(config.device) as here:
         network = load_network(config.evaluate.features, here.device, config.evaluate.features_weights)
         samples = choose_samples(run, override_config(config, options, MAY_OVERRIDE), None, here)
         parts = [network(samples.fetch(start, min(start + BLOCK, num))).pooled for start in range(0, num, BLOCK)]
-        index = open_split(config.data, config.data.train_split)
         of_all = config.model_copy(update={"seed": 0})
         real = extract(real_images(index, num, of_all, None, usable_cache(run)), network, here)
     assert real is not None
@@ -146,7 +147,7 @@ def distance_of_reconstructed_training_images(run: RunDir, config: Config) -> fl
         network = load_network(config.evaluate.features, here.device, config.evaluate.features_weights)
         model, _ = load_vae(run.weights, here.device)
         train, test = (open_split(config.data, name) for name in (config.data.train_split, config.evaluate.real_split))
-        num, weights_sha256 = config.evaluate.num_generated, sha256_of(run.weights)
+        num, weights_sha256 = min(config.evaluate.num_generated, len(train)), sha256_of(run.weights)
         again = extract(reconstructions(train, num, run, model, config, weights_sha256, here.device), network, here)
         real = extract(real_images(test, config.evaluate.num_real, config, None, usable_cache(run)), network, here)
     assert again is not None

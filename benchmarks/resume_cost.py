@@ -1,6 +1,6 @@
 """Time to the first step, and memory, of a run that is 0, 1e4 and 1e10 images in: they should be the same.
 
-    python benchmarks/resume_cost.py SHARDS [--rounds 5] [--num 5000000]
+    python -m benchmarks.resume_cost SHARDS [--rounds 5] [--num 5000000]
 
 With SHARDS, and with shards of --num images made of them in a temporary folder: the index is as large as that of so
 many images, and its rows point at the images of SHARDS over and over (1.2 GB of disk and 4 GB of memory for 5 million).

@@ -1,7 +1,7 @@
 """Interrupts one training run on a real Slurm in every way a cluster knows; it must end as one that never was.
 
     slurm/local_cluster up && eval "$(slurm/local_cluster env)"
-    python benchmarks/slurm_chaos.py [--rounds 3] [--nodes 2] [--ranks 2] [--seed 0]
+    python -m benchmarks.slurm_chaos [--rounds 3] [--nodes 2] [--ranks 2] [--seed 0]
 
 One run of `nodes` x `ranks` processes, submitted once with cxr-launch; then, in random order, `rounds` times each event
 of EVENTS below. Nothing is done by hand to bring the run back. Its weights, its last checkpoint and its metrics.jsonl
@@ -29,9 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from faults import make_shards, same
 from tabulate import tabulate
 
+from benchmarks.faults import make_shards, same
 from launch.records import Record, records_of
 
 EVERY_STEPS = 20

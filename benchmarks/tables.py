@@ -28,8 +28,8 @@ TABLES: dict[str, list[str]] = {
     "first-light": [SHARD_224, "python -m benchmarks.order {work}/shards_224 --steps 170"],
     "training-that-cannot-be-hurt": [
         SHARD_224,
-        "python -m benchmarks.faults --kills 200 --seed 4 --shards {work}/shards_224",
-        "python -m benchmarks.corruption --shards {work}/shards_224",
+        "python -m benchmarks.faults --kills 200 --seed 4",
+        "python -m benchmarks.corruption",
         "python -m benchmarks.elastic {work}/shards_224 --steps 40",
         "python -m benchmarks.checkpoint_cost --rounds 3",
         "python -m benchmarks.resume_cost {work}/shards_224 --rounds 3",

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(600)  # a limit for what hangs, on a machine wh
 
 def benchmark(name: str, *arguments: str, missed: bool = False) -> str:
     """What it prints; where a target of time may be `missed`, since others work on this machine, too."""
-    call = [sys.executable, f"benchmarks/{name}.py", *arguments]
+    call = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode in ((0, 1) if missed else (0,)), result.stdout + result.stderr
     return result.stdout

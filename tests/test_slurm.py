@@ -66,7 +66,7 @@ def test_every_interruption_resumes_by_itself_and_the_end_is_the_same(
     events = ["preempted", "preempted_without_grace", "node_failure", "scontrol_requeue", "time_limit", "rank_killed"]
     call = [
         sys.executable,
-        "benchmarks/slurm_chaos.py",
+        *("-m", "benchmarks.slurm_chaos"),
         "--rounds=1",
         "--ranks=1",
         "--epochs=400",

@@ -179,9 +179,7 @@ def test_ranks_whose_torchrun_was_killed_save_and_leave(shards: Path, tmp_path: 
 
 def test_a_finished_run_is_left_as_it_is(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
-    result = cxr_vae(
-        *arguments(shards, run, *LONG, "num_generated=7", "features_weights=/my/own.pth")
-    )
+    result = cxr_vae(*arguments(shards, run, *LONG, "num_generated=7", "features_weights=/my/own.pth"))
     assert result.returncode == 0, result.stderr
     assert_same_result(run, undisturbed)
     # Priors and figures belong to this file: an option that may change later doesn't make another of it.

@@ -25,7 +25,7 @@ from cxr_vae.training.prior_training import PriorTraining, training_config
 from cxr_vae.weights import check_trained_classes, load_vae
 
 MAY_OVERRIDE = (
-    *("prior", "checkpoint", "device", "data.shards", "data.workers", "data.loading"),
+    *("prior", "checkpoint", "device", "data.shards", "data.split_file", "data.workers", "data.loading"),
     *("train.precision", "train.compile", "train.cuda_graph", "train.log_every", "train.max_minutes"),
 )
 
