@@ -161,6 +161,9 @@ class TestMixture:
         assert isinstance(prior, MixturePrior)
         with pytest.raises(UserError, match="class B has 5 training images, too few"):
             prior.fit(mean, logvar, (torch.arange(60) < 5).long(), 0, ["A", "B"])
+        prior.num_components = 40
+        with pytest.raises(UserError, match=r"class A has 30 training images, .*: use fewer prior\.num_components"):
+            prior.fit(mean, logvar, (torch.arange(60) < 30).long(), 0, ["A", "B"])
 
 
 class TestFlow:

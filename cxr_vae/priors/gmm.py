@@ -80,11 +80,13 @@ class MixturePrior(Prior):
         mixtures = []
         for label in range(max(1, self.num_classes)):
             chosen = points[of_class == label]
-            if len(chosen) < 2 * HELD_OUT:
+            needed = max(2 * HELD_OUT, self.num_components or 0)
+            if len(chosen) < needed:
+                other = "fewer prior.num_components" if needed > 2 * HELD_OUT else "prior.name=standard"
                 what = f"class {names[label]}" if names and self.num_classes else "the split"
                 raise UserError(
-                    f"{what} has {len(chosen)} training images, too few for a mixture (it takes {2 * HELD_OUT}): "
-                    "use prior.name=standard, or, where model.num_classes=0, prior.class_conditional=false"
+                    f"{what} has {len(chosen)} training images, too few for a mixture (it takes {needed}): "
+                    f"use {other}, or, where model.num_classes=0, prior.class_conditional=false"
                 )
             mixtures.append(fit_mixture(chosen, self.num_components, seed_of(seed, "component", label) % 2**32))
         self._take(mixtures)
