@@ -183,12 +183,12 @@ class Trial:
         yield
 
     def time_limit(self) -> Iterator[None]:
-        """The real one: Slurm signals 20 to 80 s before it."""
+        """The real one, 40 to 100 s from now: Slurm signals 20 to 80 s before it."""
         started = run("squeue", "--noheader", "--format=%M", f"--job={self.job}").strip()
         minutes = sum(
             int(part) * unit for part, unit in zip(reversed(started.split(":")), (1 / 60, 1, 60), strict=False)
         )
-        run("scontrol", "update", f"jobid={self.job}", f"timelimit={int(minutes) + 2}")
+        run("scontrol", "update", f"jobid={self.job}", f"timelimit={int(minutes + 2 / 3) + 1}")
         yield
         run("scontrol", "update", f"jobid={self.job}", "timelimit=600")
 

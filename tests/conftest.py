@@ -25,10 +25,11 @@ def pytest_configure() -> None:
 
 SLOW_FILES = (
     "slurm",
+    "slurm_interruptions",
+    "faults",
     "train",
     "recipe",
     "extending",
-    "faults",
     "sbatch",
     "launch",
     "evaluate",
