@@ -68,7 +68,8 @@ def processes_of(run: Path, what: str = "") -> list[psutil.Process]:
 
 
 RESIDUAL = ("model.name=residual", "model.latent_dim=null", "epochs=1", "prior.name=flow_matching")
-WITH_PRIOR = (*RESIDUAL, "prior.channels=[8, 16]", "prior.batch_size=14", "prior.num_steps=2", "train.precision=fp32")
+GUIDED = ("prior.channels=[8, 16]", "prior.guide_channels=[8]", "prior.autoguidance=1.5", "prior.num_steps=2")
+WITH_PRIOR = (*RESIDUAL, *GUIDED, "prior.batch_size=14", "train.precision=fp32")
 """A model of spatial latents with a prior that has a network: `cxr-vae prior` takes 5 steps an epoch."""
 
 
@@ -106,7 +107,7 @@ class TestInline:
         assert "15 steps of 14 images (3 epochs of 70), 2 processes on cpu" in first.stdout
         results = json.loads((run / "evaluation/evaluation_results.json").read_text())
         assert results["generated"]["prior"] == "flow_matching"
-        assert results["generated"]["num_steps"] == 2
+        assert (results["generated"]["num_steps"], results["generated"]["autoguidance"]) == (2, 1.5)
         known = states(run)
         assert [one["state"] for one in known.values()] == ["done"] * 5
         assert (known["train"]["step"], known["prior"]["step"], known["prior"]["checkpoint_step"]) == (5, 15, 15)

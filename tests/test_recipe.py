@@ -52,7 +52,10 @@ RECIPE = (
 )
 """20 steps; checkpoints before and after the discriminator comes in."""
 
-FIELD = ("name=flow_matching", "prior.channels=[8, 16]", "prior.num_blocks=1", "prior.num_steps=3", "warmup_steps=5")
+FIELD = (
+    *("name=flow_matching", "prior.channels=[8, 16]", "prior.num_blocks=1", "prior.num_steps=3", "warmup_steps=5"),
+    *("prior.guide_channels=[8]", "prior.autoguidance=1.5"),
+)
 FLOW = ("name=flow", "prior.num_layers=2", "prior.width=16")
 PRIOR = ("prior.batch_size=14", "train.log_every=1", "checkpoint.every_steps=7", "train.precision=fp32")
 
