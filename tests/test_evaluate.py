@@ -59,6 +59,7 @@ def test_results_carry_what_a_figure_needs(evaluated: tuple[Path, str], shards: 
     manifest = json.loads((shards / "manifest.json").read_text())
     assert results["real"]["split"] == "test"
     assert results["real"]["index_sha256"] == manifest["splits"]["test"]["index"]["sha256"]
+    assert results["pixel_likelihood"] == "bernoulli"
     assert results["features"]["network"] == "random"
     assert len(results["features"]["weights_sha256"]) == 64
     assert "the test split has 18 images, not 40: all are used" in output

@@ -108,3 +108,24 @@ def test_priors_stand_beside_the_figures_of_their_samples(tmp_path: Path) -> Non
     page = read_page(tmp_path / "comparison.html")
     (rows,) = [rows for caption, rows in tables(page) if caption.startswith("Samples")]
     assert rows[1] == ["prior", "–", "standard normal", "flow_matching (temperature 1.0, num_steps 25, guidance 2.0)"]
+
+
+def test_another_pixel_likelihood_stands_apart(tmp_path: Path) -> None:
+    """Nats of grey values taken as probabilities, and of a density: the lower is no better. Also in older records."""
+    for name, likelihood, losses in (("a", "bernoulli", (700,)), ("b", "gaussian", (-900,))):
+        run = make_run(tmp_path / name, RESULTS, losses)
+        run.config.write_text(dump_config(load_config(run.config, [f"likelihood={likelihood}"])))
+    make_run(tmp_path / "c", RESULTS | {"pixel_likelihood": "discretized_logistic"}, ())
+    text, out = report_runs([tmp_path])
+    page = read_page(out)
+    of_figures = dict(tables(section(page, "figures")))
+    assert [of_figures[f"Likelihood, group {n} of 3"][0][1:] for n in (1, 2, 3)] == [["b"], ["a"], ["c"]]
+    assert of_figures["Samples"][0][2:] == ["b", "a", "c"]
+    of_losses = dict(tables(section(page, "runs")))
+    assert [row[0] for row in of_losses["Runs, group 2 of 2"][1:]] == ["a", "c"]
+    assert "pixel likelihood bernoulli, not gaussian" in text_of(section(page, "runs"))
+    assert "pixel likelihood bernoulli, not gaussian" in text_of(section(page, "figures"))
+    shown = text.partition("Runs, group 1 of 2")[2].partition("Runs, group 2 of 2")
+    assert "-900.00" in shown[0]
+    assert "700.00" in shown[2]
+    assert "Not to be compared with group 1: pixel likelihood bernoulli, not gaussian." in shown[2]

@@ -136,6 +136,7 @@ def results_of(
         "kid_subset_size": min(config.evaluate.kid_subset_size, sets["generated"].num, sets["real"].num),
         "features": network.facts(),
         "image_size": config.data.image_size,
+        "pixel_likelihood": config.objective.likelihood,
         "versions": {name: version(name) for name in ("cxr-vae", "torch", "torch-fidelity", "torchmetrics", "numpy")},
         "request": request,
     }

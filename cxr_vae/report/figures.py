@@ -1,7 +1,8 @@
 """Figures as tables: those of one run with intervals and floors, those of several runs beside each other.
 
 Only figures that can be compared stand in one table: the same feature network, weights, dtype, resize, numbers of
-images, splits and content of the splits. Runs of which something differs get a table of their own, with the reason.
+images, splits, content of the splits and, of losses, likelihood of the pixels. Runs of which something differs get a
+table of their own, with the reason.
 """
 
 import math
@@ -166,8 +167,11 @@ def of_likelihood(results: Results) -> tuple[Mapping[str, FigureRecord], dict[st
     """Bounds on the likelihood of real images; no feature network has a part in them."""
     facts = circumstances(results)
     kept = ("image size", "real images", "real split", "its index, SHA-256", "which of its images, SHA-256")
-    latents = words({"latents of the importance-weighted bound": results.latent.get("importance_samples")})
-    return results.likelihood or {}, {name: facts[name] for name in kept if name in facts} | latents
+    own = {
+        "pixel likelihood": results.pixel_likelihood,
+        "latents of the importance-weighted bound": results.latent.get("importance_samples"),
+    }
+    return results.likelihood or {}, {name: facts[name] for name in kept if name in facts} | words(own)
 
 
 Kind = Callable[[Results], tuple[Mapping[str, FigureRecord], dict[str, str]]]
@@ -305,6 +309,7 @@ def losses_circumstances(run: Inputs) -> dict[str, str]:
             "image size": run.config.get("data.image_size"),
             "test split": split,
             "its index, SHA-256": run.index_hashes.get(split),
+            "pixel likelihood": run.config.get("objective.likelihood"),
             "KL weight": run.config.get("objective.kl_weight"),
         }
     )

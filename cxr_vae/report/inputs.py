@@ -59,6 +59,7 @@ class Results(_Read):
     floor: Facts = {}
     features: Facts = {}
     image_size: int | None = None
+    pixel_likelihood: str | None = None
     interval: str = ""
     versions: Facts = {}
     request: Facts = {}
@@ -125,14 +126,20 @@ class Inputs:
         """The epoch of the lowest test loss."""
         return min(self.epochs, key=lambda epoch: epoch["test"]["loss_nats"], default=None)
 
+    @property
+    def best_test_loss(self) -> float:
+        """In nats an image; infinite before the first epoch."""
+        best = self.best_epoch
+        return float("inf") if best is None else float(best["test"]["loss_nats"])
 
-def read_inputs(run: RunDir, name: str | None = None) -> Inputs:
+
+def read_inputs(run: RunDir) -> Inputs:
     """All that is known of a run; UserError where it is none or its configuration can't be read."""
     config = read_config(run)
     checkpoints = published(run.checkpoints)
     inputs = Inputs(
         run,
-        name or run.path.resolve().name,
+        run.path.resolve().name,
         config,
         read_optional(run.path / "environment.json"),
         read_optional(run.path / "hyperparameters.json"),
@@ -200,6 +207,9 @@ def _read_results(inputs: Inputs) -> None:
     if inputs.results is None:
         inputs.missing["figures"] = f"No figures: {sentence}"
         return
+    if inputs.results.pixel_likelihood is None:  # older records don't say
+        said = {"pixel_likelihood": inputs.config.get("objective.likelihood")}
+        inputs.results = inputs.results.model_copy(update=said)
     _note_other_weights(inputs, "figures", inputs.results.request.get("run_weights_sha256"), "evaluate")
 
 
