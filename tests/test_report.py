@@ -73,6 +73,23 @@ class TestContent:
         titles = [text_of(caption) for caption in training.iter("figcaption")]
         assert titles == ["Loss", "Reconstruction", "KL"]
 
+    def test_the_best_epoch_is_that_of_the_best_checkpoint(self, tmp_path: Path) -> None:
+        """By the negative ELBO: the loss of the first epochs is low since a warm-up leaves out most of the KL."""
+        runs = [
+            make_run(tmp_path / name, losses=(610, 600, 605), kl_warmup=warmup) for name, warmup in (("a", 3), ("b", 1))
+        ]
+        text, out = report_runs([runs[0].path])
+        page = read_page(out)
+        ((_, rows),) = tables(section(page, "training"))
+        assert rows[0][1] == "negative ELBO"
+        assert rows[4] == ["2, test|best test loss", "600.00", "580.00", "20.00", f"{600 / 710:.4f}"]
+        assert "600.0 negative ELBO, nats an image, epoch 2 of 3" in text_of(page.find(".//dl"))
+        assert re.search(r"1 +test +610.0 +590 +20.0", text)
+        text, out = report_runs([tmp_path])
+        (of_losses,) = (rows for _, rows in tables(section(read_page(out), "runs")))
+        assert [row[3:6] for row in of_losses[1:]] == [["600.00", "2", "605.00"]] * 2
+        assert re.search(r"a +no +3 +600.00 +2 +605.00", text)
+
     def test_pictures_audit_latent_space_and_data(self, page: Any) -> None:
         images = section(page, "images")
         assert [text_of(one) for one in images.iter("figcaption")] == [

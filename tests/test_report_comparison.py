@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(folder: Path) -> Any:
     result = cxr_vae("report", folder)
     assert result.returncode == 0, result.stderr
-    assert "5 runs, losses in nats an image" in result.stdout
+    assert "5 runs, negative ELBO in nats an image" in result.stdout
     assert result.stdout.rstrip().endswith(str(folder / "report.html"))
     return read_page(folder / "report.html")
 

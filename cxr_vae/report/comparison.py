@@ -34,7 +34,7 @@ def sections_comparing(runs: Sequence[Inputs]) -> list[Section]:
         warned.append(Finding(level="warning", text=NO_FID.removeprefix("WARNING: ")))
     figures = comparison_tables(runs)
     return [
-        Section("runs", "Runs", tables=losses_tables(runs), note="Losses of the test split, in nats an image."),
+        Section("runs", "Runs", tables=losses_tables(runs), note="Negative ELBO of the test split, in nats an image."),
         Section(
             "figures",
             "Figures",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cxr_vae.report.inputs import FigureRecord, Inputs, Results
+from cxr_vae.report.inputs import FigureRecord, Inputs, Results, negative_elbo
 
 LOWER, HIGHER = "lower is better", "higher is better"
 
@@ -316,7 +316,7 @@ def losses_circumstances(run: Inputs) -> dict[str, str]:
 
 
 def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
-    """Test losses of several runs, one table for each group that can be compared."""
+    """Test losses (negative ELBOs) of several runs, one table for each group that can be compared."""
     groups = grouped(runs, losses_circumstances)
     headers = ["run", "finished", "epochs", "best test loss", "at epoch", "last test loss", "bits/dim at the best"]
     tables = []
@@ -324,7 +324,7 @@ def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
         title = "Runs" if len(groups) == 1 else f"Runs, group {place + 1} of {len(groups)}"
         note = f"Not to be compared with group 1: {why_apart(facts, groups[0][1])}." if place else ""
         bests = [run.best_epoch for run in members]
-        winner = best_of([None if best is None else best["test"]["loss_nats"] for best in bests], LOWER)
+        winner = best_of([None if best is None else negative_elbo(best["test"]) for best in bests], LOWER)
         rows = []
         for number_, (run, best) in enumerate(zip(members, bests, strict=True)):
             finished = "yes" if run.weights_sha256 else "no"
@@ -332,8 +332,8 @@ def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
             if best is None:
                 row += [number(None)] * 4
             else:
-                loss = Cell(f"{best['test']['loss_nats']:.2f}", is_best=number_ == winner)
-                last = Cell(f"{run.epochs[-1]['test']['loss_nats']:.2f}")
+                loss = Cell(f"{negative_elbo(best['test']):.2f}", is_best=number_ == winner)
+                last = Cell(f"{negative_elbo(run.epochs[-1]['test']):.2f}")
                 row += [loss, number(best["epoch"]), last, Cell(f"{best['test']['bits_per_dim']:.4f}")]
             rows.append(row)
         tables.append(Table(title, headers, rows, note, facts))

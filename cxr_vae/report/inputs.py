@@ -123,14 +123,19 @@ class Inputs:
 
     @property
     def best_epoch(self) -> Facts | None:
-        """The epoch of the lowest test loss."""
-        return min(self.epochs, key=lambda epoch: epoch["test"]["loss_nats"], default=None)
+        """The epoch of the lowest test loss, as checkpoints are compared: the negative ELBO."""
+        return min(self.epochs, key=lambda epoch: negative_elbo(epoch["test"]), default=None)
 
     @property
     def best_test_loss(self) -> float:
         """In nats an image; infinite before the first epoch."""
         best = self.best_epoch
-        return float("inf") if best is None else float(best["test"]["loss_nats"])
+        return float("inf") if best is None else negative_elbo(best["test"])
+
+
+def negative_elbo(losses: Facts) -> float:
+    """In nats an image. A record's `loss_nats` has the KL weight of its step: after a warm-up it would be another's."""
+    return float(losses["reconstruction_nats"] + losses["kl_nats"])
 
 
 def read_inputs(run: RunDir) -> Inputs:

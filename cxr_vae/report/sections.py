@@ -12,7 +12,7 @@ from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.report.figures import Cell, Table, brief, describe, figure_tables, interval, number
 from cxr_vae.report.history import history_tables
 from cxr_vae.report.images import Picture, load_picture, montage
-from cxr_vae.report.inputs import Finding, Inputs, Record, read_optional
+from cxr_vae.report.inputs import Finding, Inputs, Record, negative_elbo, read_optional
 from cxr_vae.report.plots import loss_curves, units_plot
 
 NUM_SHOWN = 24
@@ -64,8 +64,8 @@ def tiles_of(run: Inputs) -> list[Tile]:
     tiles = []
     best = run.best_epoch
     if best:
-        of = f"epoch {best['epoch']} of {len(run.epochs)}"
-        tiles.append(Tile("Best test loss", f"{best['test']['loss_nats']:.1f}", f"nats an image, {of}"))
+        of = f"negative ELBO, nats an image, epoch {best['epoch']} of {len(run.epochs)}"
+        tiles.append(Tile("Best test loss", f"{negative_elbo(best['test']):.1f}", of))
     if run.results:
         for name, figure in list(run.results.figures.items())[:1]:
             floor = "" if figure.floor is None else f"floor {brief(figure.floor, figure.floor_interval_95)}"
@@ -115,10 +115,11 @@ def training_section(run: Inputs) -> Section:
         what = ", ".join(name for name, one in names.items() if one is epoch)
         for split in ("train", "test"):
             losses = epoch[split]
-            cells = [Cell(f"{losses[name]:.2f}") for name in ("loss_nats", "reconstruction_nats", "kl_nats")]
+            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
+            cells = [Cell(f"{value:.2f}") for value in nats]
             label = Cell(f"{epoch['epoch']}, {split}", what, is_number=False)
             rows.append([label, *cells, Cell(f"{losses['bits_per_dim']:.4f}")])
-    headers = ["epoch", "loss", "reconstruction", "KL", "bits/dim"]
+    headers = ["epoch", "negative ELBO", "reconstruction", "KL", "bits/dim"]
     speeds = sorted(speed["images_per_s"] for speed in run.speeds)
     note = f"Median speed: {speeds[len(speeds) // 2]:.0f} images/s." if speeds else ""
     if line := read_optional(run.run.efficiency).get("in_a_line"):

@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.report.figures import Table, figure_tables, losses_tables, prior_in_words
-from cxr_vae.report.inputs import Inputs, Results
+from cxr_vae.report.inputs import Inputs, Results, negative_elbo
 from cxr_vae.run_dir import RunDir
 
 
@@ -24,7 +24,7 @@ def report_of(run: Inputs) -> str:
 
 def report_comparing(runs: Sequence[Inputs]) -> str:
     """Losses of several runs as text, those that can be compared in one table."""
-    return "\n\n".join([f"{len(runs)} runs, losses in nats an image", *map(in_text, losses_tables(runs))])
+    return "\n\n".join([f"{len(runs)} runs, negative ELBO in nats an image", *map(in_text, losses_tables(runs))])
 
 
 def in_text(table: Table) -> str:
@@ -43,10 +43,11 @@ def losses_table(run: Inputs) -> str:
     for record in dict.fromkeys((0, len(epochs) - 1)):
         for split in ("train", "test"):
             losses = epochs[record][split]
-            rows.append([epochs[record]["epoch"], split, *losses.values()])
+            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
+            rows.append([epochs[record]["epoch"], split, *nats, losses["bits_per_dim"]])
     speeds = [record["images_per_s"] for record in run.speeds]
     speed = f"; median {sorted(speeds)[len(speeds) // 2]:.0f} images/s" if speeds else ""
-    headers = ["epoch", "split", "loss", "reconstruction", "KL", "bits/dim"]
+    headers = ["epoch", "split", "negative ELBO", "reconstruction", "KL", "bits/dim"]
     table = tabulate(rows, headers, floatfmt=("d", "", ".1f", ".1f", ".1f", ".4f"))
     return f"{path}: training, nats an image{speed}\n\n{table}"
 
