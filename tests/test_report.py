@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.files import sha256_of, write_json
 from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
@@ -120,6 +121,33 @@ class TestContent:
         history = dict(tables(section(page, "history")))
         assert [row[1] for row in history["Stretches of training"][1:]] == ["1 … 2", "3 … 3"]
         assert history["Evaluations"][1][2:4] == ["FID", "81.2|78.1 … 84.4"]
+
+    @pytest.mark.parametrize(
+        ("options", "differing"),
+        [
+            (("run_dir=x",), {"run_dir"}),
+            (("train.compile=default", "latent_dim=5"), {"train.compile", "model.latent_dim"}),
+            (("model.name=residual", "prior.name=flow_matching"), {"model.name", "prior.name"}),
+            (("model.name=residual", "num_blocks=2"), {"model.name", "model.num_blocks"}),
+        ],
+    )
+    def test_only_what_was_set_differs_from_the_defaults(
+        self, tmp_path: Path, options: tuple[str, ...], differing: set[str]
+    ) -> None:
+        run = make_run(tmp_path / "run", losses=())
+        run.config.write_text(dump_config(load_config(None, options)))
+        report_runs([run.path])
+        found = dict(tables(section(read_page(run.path / "report.html"), "configuration")))
+        assert {row[0] for row in found["Options that differ from the defaults"][1:]} == differing
+
+    def test_a_run_of_a_version_with_other_options_is_shown(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run")
+        text = run.config.read_text().replace("model:", "model:\n  name_of_later: off").replace("name: conv", "name: u")
+        run.config.write_text(text)
+        told, page = report_runs([run.path])
+        assert "training, nats an image" in told
+        options = dict(dict(tables(section(read_page(page), "configuration")))["Options that differ from the defaults"])
+        assert (options["model.name_of_later"], options["model.name"]) == ("off", "u")
 
     def test_what_is_missing_is_said_with_the_command_that_makes_it(self, tmp_path: Path) -> None:
         bare = make_run(tmp_path / "run", losses=())

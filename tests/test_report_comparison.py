@@ -93,8 +93,20 @@ class TestComparison:
             report_runs([folder / "a"], tmp_path)
         broken = make_run(tmp_path / "broken")
         broken.config.write_text("{")
-        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        with pytest.raises(UserError, match=r"config\.yaml, line 1: not a valid YAML file"):
             report_runs([broken.path, folder / "a"], tmp_path / "r.html")
+
+    def test_the_training_of_a_prior_is_no_run(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run")
+        inside = make_run(run.path / "priors" / "flow-12345678", losses=())
+        copied = make_run(tmp_path / "copied", losses=())
+        copied.metrics.write_text(
+            '{"kind": "epoch", "step": 1, "epoch": 1, "train": {"loss": 2}, "test": {"loss": 3}}\n'
+        )
+        for path in (inside.path, inside.path.parent, copied.path):
+            with pytest.raises(UserError, match=r"is the training of a prior, which has no report: name the run"):
+                report_runs([path])
+        assert report_runs([make_run(tmp_path / "priors" / "run").path])[1].is_file()  # a folder's name says nothing
 
 
 def test_priors_stand_beside_the_figures_of_their_samples(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
 """What a report is made from: the files of a run, checked, a sentence in place of each that is missing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cxr_vae.checkpoints.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config import OPTIONS
+from cxr_vae.config_file import read_tree
 from cxr_vae.data.index import MANIFEST
 from cxr_vae.errors import UserError
 from cxr_vae.files import read_json, sha256_of
@@ -139,8 +139,10 @@ def negative_elbo(losses: Facts) -> float:
 
 
 def read_inputs(run: RunDir) -> Inputs:
-    """All that is known of a run; UserError where it is none or its configuration can't be read."""
-    config = read_config(run)
+    """All that is known of a run; UserError where it is none of a model or its configuration can't be read."""
+    config, epochs = read_config(run), read_epochs(run)
+    if is_of_prior(run, epochs):
+        raise UserError(f"{run.path} is the training of a prior, which has no report: name the run the prior is of")
     checkpoints = published(run.checkpoints)
     inputs = Inputs(
         run,
@@ -148,7 +150,7 @@ def read_inputs(run: RunDir) -> Inputs:
         config,
         read_optional(run.path / "environment.json"),
         read_optional(run.path / "hyperparameters.json"),
-        read_epochs(run),
+        epochs,
         read_records(run.speed),
         read_optional(checkpoints[0] / CHECKPOINT_MANIFEST).get("index_hashes", {}) if checkpoints else {},
         sha256_of(run.weights) if run.weights.is_file() else None,
@@ -162,24 +164,26 @@ def read_inputs(run: RunDir) -> Inputs:
     return inputs
 
 
+def is_of_prior(run: RunDir, epochs: Sequence[Facts]) -> bool:
+    """Whether this is where a prior was trained, a run directory in that of a model, or a copy of such a one."""
+    folder = run.path.resolve().parent
+    is_inside = folder.name == "priors" and RunDir(folder.parent).config.is_file()
+    return is_inside or any("kl_nats" not in epoch["test"] for epoch in epochs)
+
+
 def read_config(run: RunDir) -> Facts:
     """The configuration by dotted key, as it was saved, also by another version."""
     if not run.config.is_file():
         raise UserError(f"{run.path} is not a run directory (it has no {run.config.name}): name one train wrote")
-    try:
-        tree = yaml.safe_load(run.config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise UserError(f"{run.config} is damaged (not valid YAML): train into another run_dir")
-    return dict(_flat(tree))
+    return dict(flat(read_tree(run.config)))
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
     for name, value in tree.items():
         key = f"{above}{name}"
         if isinstance(value, dict) and key not in OPTIONS:
-            yield from _flat(value, f"{key}.")
+            yield from flat(value, f"{key}.")
         else:
             yield key, value
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
-from cxr_vae.config import OPTIONS
+from cxr_vae.config import Config
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.report.figures import Cell, Table, brief, describe, figure_tables, interval, number
 from cxr_vae.report.history import history_tables
 from cxr_vae.report.images import Picture, load_picture, montage
-from cxr_vae.report.inputs import Finding, Inputs, Record, negative_elbo, read_optional
+from cxr_vae.report.inputs import Facts, Finding, Inputs, Record, flat, negative_elbo, read_optional
 from cxr_vae.report.plots import loss_curves, units_plot
 
 NUM_SHOWN = 24
@@ -194,7 +195,8 @@ def latent_section(run: Inputs) -> Section:
 
 def configuration_section(run: Inputs) -> Section:
     """What differs from the defaults, hyperparameters and environment as tables; all options as text."""
-    changed = {key: value for key, value in run.config.items() if key not in OPTIONS or value != default_of(key)}
+    defaults = defaults_of(run.config.get("model.name"))
+    changed = {key: value for key, value in run.config.items() if key not in defaults or value != defaults[key]}
     tables = [facts_table("Options that differ from the defaults", changed)]
     if run.hyperparameters:
         tables.append(facts_table("Hyperparameters", run.hyperparameters))
@@ -217,10 +219,13 @@ def configuration_section(run: Inputs) -> Section:
     )
 
 
-def default_of(key: str) -> object:
-    """An option's default, as YAML gives it."""
-    default = OPTIONS[key].default
-    return list(default) if isinstance(default, tuple) else default
+def defaults_of(architecture: object) -> Facts:
+    """All options by dotted key; those that an architecture fills in as this one does."""
+    try:
+        config = Config.model_validate({"model": {"name": architecture}})
+    except ValidationError:  # another version's
+        config = Config()
+    return dict(flat(config.model_dump(mode="json"))) | {"model.name": Config().model.name}
 
 
 def facts_table(title: str, facts: dict[str, object]) -> Table:
