@@ -73,7 +73,7 @@ AUDIT = {
     "tables": [{"title": "Closest pairs", "headers": ["sample", "ratio", "known"], "rows": [["000017", 0.031, True]]}],
     "findings": [{"level": "warning", "text": "5 samples are copies of training images."}],
     "pictures": [{"title": "Samples above their nearest", "file": "closest_pairs.png"}],
-    "samples": {},
+    "samples": {"folder": "other/pngs", "num_other_files": 0},
 }
 
 

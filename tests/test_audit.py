@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from cxr_vae.audit.audit import audit
-from cxr_vae.audit.samples import choose_samples
+from cxr_vae.audit.samples import choose_samples, in_words
 from cxr_vae.config_file import override_config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import ShardDirectory
@@ -65,7 +65,9 @@ def test_planted_copies_raise_the_flag_and_are_named(audited: Path, planted: tup
         assert all(len(row) == len(table["headers"]) for row in table["rows"])
 
 
-def test_the_record_says_what_it_was_made_from(audited: Path, shards: Path) -> None:
+def test_the_record_says_what_it_was_made_from(
+    audited: Path, shards: Path, planted: tuple[Path, dict[str, str]]
+) -> None:
     record = record_of(audited)
     splits = json.loads((shards / "manifest.json").read_text())["splits"]
     for part, split, num in (("training", "train", 70), ("held_out", "test", 18)):
@@ -74,6 +76,7 @@ def test_the_record_says_what_it_was_made_from(audited: Path, shards: Path) -> N
         assert record[part]["num"] == num
     assert (record["num_samples"], record["num_reference"]) == (30, 70)
     assert record["features"]["network"] == "random"
+    assert f"Audited: 30 PNGs in {planted[0]}." in [finding["text"] for finding in record["findings"]]
     assert len(record["features"]["weights_sha256"]) == len(record["samples"]["content_sha256"]) == 64
     picture = audited / "evaluation" / record["pictures"][0]["file"]
     assert min(Image.open(picture).size) > 500
@@ -117,6 +120,7 @@ def test_the_images_of_the_evaluation_are_taken_or_drawn_again(trained: Path, tm
         generate(run, generated, 70)
         read = choose_samples(run, config, None, here)
         assert read.facts["folder"] == str(generated)
+        assert in_words(read.facts) == in_words(drawn.facts) == "generated images (prior: standard normal)"
         assert torch.equal(read.fetch(0, 70), images)
         assert torch.equal(drawn.at(66), images[66, 0])
         (generated / "images.json").write_text('{"weights_sha256": "of others", "seed": 0}')

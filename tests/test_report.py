@@ -103,6 +103,7 @@ class TestContent:
         assert dict(tables(audit))["Closest pairs"] == [["sample", "ratio", "known"], ["000017", "0.031", "yes"]]
         assert "5 samples are copies" in text_of(audit)
         assert "5 samples are copies" in text_of(page.find(".//aside"))  # a warning is seen first
+        assert "flagged audit of PNGs in other/pngs" in text_of(page.find(".//dl"))
         latent = section(page, "latent")
         assert "2 of 4 latent units are active" in text_of(latent)
         assert [text_of(one) for one in latent.iter("figcaption")] == ["Latent traversals", "KL of each latent unit"]

@@ -5,10 +5,11 @@ import pytest
 
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.errors import UserError
+from cxr_vae.files import write_json
 from cxr_vae.report.command import report_runs
 from tests.helpers import cxr_vae
 from tests.page_helpers import read_page, section, tables, text_of
-from tests.report_runs import RESULTS, changed, make_run
+from tests.report_runs import AUDIT, RESULTS, changed, make_run
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,20 @@ class TestComparison:
             with pytest.raises(UserError, match=r"is the training of a prior, which has no report: name the run"):
                 report_runs([path])
         assert report_runs([make_run(tmp_path / "priors" / "run").path])[1].is_file()  # a folder's name says nothing
+
+
+def test_audits_stand_beside_what_they_are_of(tmp_path: Path) -> None:
+    drawn = {"folder": "evaluation/generated", "prior": "flow_matching", "temperature": 0.8, "guidance": 2.0}
+    runs = [make_run(tmp_path / name, RESULTS, ()) for name in ("a", "b", "c")]
+    for run, facts in zip(runs, (drawn, AUDIT["samples"]), strict=False):
+        write_json(run.evaluation / "memorisation.json", AUDIT | {"samples": facts})
+    report_runs([tmp_path])
+    ((_, rows),) = tables(section(read_page(tmp_path / "report.html"), "memorisation"))
+    of = ["generated images (prior: flow_matching (temperature 0.8, guidance 2.0))", "PNGs in other/pngs", "–"]
+    assert [row[:3] for row in rows[1:]] == [
+        [name, level, words]
+        for name, level, words in zip("abc", ("warning", "warning", "not audited"), of, strict=True)
+    ]
 
 
 def test_priors_stand_beside_the_figures_of_their_samples(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from cxr_vae.audit.memorisation import FALSE_ALARMS, Findings, level_of_a_test, verdict
 from cxr_vae.audit.rows import Rows
-from cxr_vae.audit.samples import Samples
+from cxr_vae.audit.samples import Samples, in_words
 from cxr_vae.config import Config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import SplitIndex
@@ -64,6 +64,7 @@ def record_of(
     """The content of memorisation.json."""
     training, held_out = indexes
     flag, reason = verdict(found)
+    num_samples = circumstances["num_samples"]
     level = level_of_a_test(len(found))
     return {
         "flag": flag,
@@ -72,7 +73,10 @@ def record_of(
         "false_alarm_rate": FALSE_ALARMS,
         "level_of_a_test": level,
         "tables": [summary(found), limits(found), closest(pairs)],
-        "findings": remarks(found, flag, reason, held_out.split, rows.num_left_out, circumstances["num_samples"]),
+        "findings": [
+            *remarks(found, flag, reason, held_out.split, rows.num_left_out, num_samples),
+            note(f"Audited: {num_samples} {in_words(circumstances['samples'])}."),
+        ],
         "pictures": [{"title": "Closest pairs: sample above its nearest training image", "file": PICTURE}],
         "spaces": {
             one.space: asdict(one)

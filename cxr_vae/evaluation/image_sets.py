@@ -1,7 +1,7 @@
 """The sets of images that an evaluation measures, block by block: generated, real, and reconstructions of real ones."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cxr_vae.config import Config
+from cxr_vae.config_file import SAMPLING
 from cxr_vae.console import Progress
 from cxr_vae.data.dataset import XrayDataset, to_float
 from cxr_vae.data.index import SplitIndex
@@ -74,6 +75,12 @@ def generated_images(run: RunDir, model: VAE, config: Config, device: torch.devi
 
     num, evaluation = config.evaluate.num_generated, run.evaluation
     return ImageSet("generated", num, fetch, sampler.facts, evaluation / "features", evaluation / "generated")
+
+
+def drawn_in_words(facts: Mapping[str, Any]) -> str:
+    """What generated images were drawn from: `gmm (temperature 1.0)`; empty where that isn't known."""
+    options = [f"{name} {facts[name]}" for name in ("temperature", *SAMPLING) if name in facts]
+    return str(facts.get("prior", "")) + (f" ({', '.join(options)})" if options else "")
 
 
 def real_images(index: SplitIndex, num: int, config: Config, folder: Path | None, root: Path) -> ImageSet:

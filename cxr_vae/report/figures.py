@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cxr_vae.evaluation.image_sets import drawn_in_words
 from cxr_vae.report.inputs import FigureRecord, Inputs, Results, negative_elbo
 
 LOWER, HIGHER = "lower is better", "higher is better"
@@ -145,13 +146,6 @@ def of_samples(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, 
     return results.figures, circumstances(results)
 
 
-def prior_in_words(results: Results) -> str:
-    """What the generated images were drawn from: `gmm (temperature 1.0)`; empty where that isn't known."""
-    drawn = results.generated
-    options = [f"{name} {drawn[name]}" for name in ("temperature", "num_steps", "guidance") if name in drawn]
-    return str(drawn.get("prior", "")) + (f" ({', '.join(options)})" if options else "")
-
-
 def of_reconstructions(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, str]]:
     """Figures of reconstructed real images; generated ones and the floor have no part in them."""
     if results.reconstructions is None:
@@ -201,8 +195,9 @@ def figure_tables(results: Results) -> list[Table]:
                 row += [measured(figure.floor, figure.floor_interval_95), Cell(interval(figure.floor_interval_95))]
             rows.append(row)
         # No circumstance that has to be equal: priors are there to be compared.
-        drawn = {"prior": prior_in_words(results)} if kind is of_samples and prior_in_words(results) else {}
-        tables.append(Table(title, headers, rows, floor_note(results) if has_floor else "", drawn | facts))
+        drawn = drawn_in_words(results.generated) if kind is of_samples else ""
+        all_facts = ({"prior": drawn} if drawn else {}) | facts
+        tables.append(Table(title, headers, rows, floor_note(results) if has_floor else "", all_facts))
     return tables
 
 
@@ -264,7 +259,7 @@ def compared(title: str, runs: Sequence[Inputs], kind: Kind, facts: dict[str, st
     found = [kind(run.results)[0] for run in runs if run.results is not None]
     names = list(dict.fromkeys(name for figures in found for name in figures))
     has_floor = any(figure.floor is not None for figures in found for figure in figures.values())
-    priors = [prior_in_words(run.results) for run in runs if run.results is not None]
+    priors = [drawn_in_words(run.results.generated) for run in runs if run.results is not None]
     rows = []
     if kind is of_samples and any(priors):
         cells = [Cell(text or "–", is_number=False) for text in ["prior", *(["–"] if has_floor else []), *priors]]

@@ -93,6 +93,8 @@ class Record(_Read):
     tables: list[RecordTable] = []
     findings: list[Finding] = []
     pictures: list[RecordPicture] = []
+    samples: Facts = {}
+    """What an audit looked at."""
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -228,9 +230,7 @@ def _read_audit(inputs: Inputs) -> None:
     if inputs.audit is None:
         inputs.missing["memorisation"] = f"No memorisation audit: {sentence}"
         return
-    samples = (inputs.audit.model_extra or {}).get("samples")
-    weights = samples.get("weights_sha256") if isinstance(samples, dict) else None
-    _note_other_weights(inputs, "memorisation", weights, "audit")
+    _note_other_weights(inputs, "memorisation", inputs.audit.samples.get("weights_sha256"), "audit")
 
 
 def _note_other_weights(inputs: Inputs, section: str, sha256: Any, command: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from cxr_vae.audit.samples import in_words
 from cxr_vae.config import Config
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.report.figures import Cell, Table, brief, describe, figure_tables, interval, number
@@ -80,7 +81,9 @@ def tiles_of(run: Inputs) -> list[Tile]:
                 tiles.append(Tile("Bits per dimension", value, interval(figure.interval_95)))
     if run.audit and run.audit.findings:
         flagged = any(finding.level == "warning" for finding in run.audit.findings)
-        tiles.append(Tile("Memorisation", "flagged" if flagged else "no sign", "audit of the samples"))
+        tiles.append(
+            Tile("Memorisation", "flagged" if flagged else "no sign", f"audit of {in_words(run.audit.samples)}")
+        )
     size = run.hyperparameters.get("num_parameters")
     if isinstance(size, int):
         tiles.append(Tile("Parameters", number(size).text, f"{run.config.get('data.image_size', '?')} px"))

@@ -6,7 +6,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from cxr_vae.evaluation.features import NO_FID
-from cxr_vae.report.figures import Table, figure_tables, losses_tables, prior_in_words
+from cxr_vae.evaluation.image_sets import drawn_in_words
+from cxr_vae.report.figures import Table, figure_tables, losses_tables
 from cxr_vae.report.inputs import Inputs, Results, negative_elbo
 from cxr_vae.run_dir import RunDir
 
@@ -63,7 +64,7 @@ def figures_table(results: Results) -> str:
         parts.append(f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}")
     if "num_units" in results.latent:
         parts.append(f"{results.latent['active_units']} of {results.latent['num_units']} latent units are active")
-    drawn = prior_in_words(results)
+    drawn = drawn_in_words(results.generated)
     of = f" (prior: {drawn})" if drawn else ""
     what = f"{results.num_generated} generated images{of} against {results.num_real} real ones"
     parts.append(f"{what} ({results.real.get('split')} split), features: {network}")
