@@ -56,6 +56,8 @@ def test_results_carry_what_a_figure_needs(evaluated: tuple[Path, str], shards: 
     assert len(results["latent"]["kl_nats_per_unit"]) == 4
     assert results["figures"]["frechet_random"]["value"] > results["figures"]["frechet_random"]["floor"]
     assert (results["num_generated"], results["num_real"], results["num_real_wanted"]) == (70, 18, 40)
+    assert results["num_pairs"] == {"generated": 70, "reconstructions": 18, "real": 18, "floor": 70}
+    assert "The floor is of" not in output
     manifest = json.loads((shards / "manifest.json").read_text())
     assert results["real"]["split"] == "test"
     assert results["real"]["index_sha256"] == manifest["splits"]["test"]["index"]["sha256"]

@@ -62,6 +62,20 @@ class TestContent:
         for part in ("inception", "c" * 64, "float32", "TensorFlow's", "100", "90", "test", "train", "a" * 64):
             assert part in facts
 
+    def test_figures_of_fewer_images_than_those_beside_them_say_so(self, tmp_path: Path) -> None:
+        most = {"generated": 10_000, "real": 90, "reconstructions": 90, "floor": 5216}
+        few = RESULTS | {"num_generated": 12_000, "num_floor": 5216, "num_pairs": most}
+        run, other = (make_run(tmp_path / name, few, ()) for name in "ab")
+        floor = "The floor is of 5 216 images, all that the train split has, not of 12 000"
+        pairs = "the interval of the kernel distance are of at most 10 000 images of each set."
+        text, page = report_runs([run.path])
+        for told in (text, text_of(section(read_page(page), "figures"))):
+            assert floor in told
+            assert pairs in told
+        _, page = report_runs([run.path, other.path], tmp_path / "r.html")
+        assert floor in text_of(section(read_page(page), "figures"))
+        assert "The floor is of" not in report_runs([make_run(tmp_path / "c", RESULTS, ()).path])[0]
+
     def test_losses_speed_and_curves(self, page: Any) -> None:
         training = section(page, "training")
         ((_, rows),) = tables(training)

@@ -31,7 +31,7 @@ from cxr_vae.evaluation.image_sets import (
     usable_cache,
 )
 from cxr_vae.evaluation.latent_pictures import save_latent_pictures
-from cxr_vae.evaluation.metrics import Figure, called, check_counts, compare, inception_score, mean_figure
+from cxr_vae.evaluation.metrics import MAX_PAIRS, Figure, called, check_counts, compare, inception_score, mean_figure
 from cxr_vae.files import read_json, sha256_of, write_json
 from cxr_vae.run_dir import RunDir
 from cxr_vae.weights import check_trained_classes, load_vae
@@ -126,6 +126,7 @@ def results_of(
         "likelihood": {name: record(figure) for name, figure in likelihood.items()},
         "latent": unit_facts(found["reconstructions"]) | {"importance_samples": config.evaluate.importance_samples},
         **{f"num_{name}": sets[name].num for name in ("generated", "real", "floor")},
+        "num_pairs": {name: min(of.num, MAX_PAIRS) for name, of in sets.items()},
         "num_real_wanted": config.evaluate.num_real,
         **{name: sets[name].facts for name in ("generated", "real")},
         "floor": sets["floor"].facts

@@ -197,7 +197,8 @@ def figure_tables(results: Results) -> list[Table]:
         # No circumstance that has to be equal: priors are there to be compared.
         drawn = drawn_in_words(results.generated) if kind is of_samples else ""
         all_facts = ({"prior": drawn} if drawn else {}) | facts
-        tables.append(Table(title, headers, rows, floor_note(results) if has_floor else "", all_facts))
+        notes = (floor_note(results) if has_floor else "", fewer_note(results, kind))
+        tables.append(Table(title, headers, rows, " ".join(note for note in notes if note), all_facts))
     return tables
 
 
@@ -205,6 +206,25 @@ def floor_note(results: Results) -> str:
     """What the floor is."""
     meaning = results.floor.get("meaning")
     return f"Floor: {meaning}. Interval: {results.interval}." if meaning and results.interval else ""
+
+
+def fewer_note(results: Results, kind: Kind = of_samples) -> str:
+    """Which figures are of fewer images than those they stand by."""
+    said = []
+    wanted, there = results.num_generated, results.num_floor
+    if kind is of_samples and wanted and there and there < wanted:
+        said.append(
+            f"The floor is of {number(there).text} images, all that the {results.floor.get('split')} split has, not of "
+            f"{number(wanted).text}: with fewer images a Fréchet distance is larger."
+        )
+    nums = {"generated": wanted, "real": results.num_real}
+    fewer = [most for name, most in results.num_pairs.items() if most < (nums.get(name) or 0)]
+    if kind is not of_likelihood and fewer:
+        said.append(
+            "Precision, recall, density, coverage and the interval of the kernel distance are of at most "
+            f"{number(max(fewer)).text} images of each set."
+        )
+    return " ".join(said)
 
 
 def grouped(runs: Sequence[Inputs], facts_of: Callable[[Inputs], dict[str, str]]) -> list[Group]:
@@ -249,8 +269,9 @@ def comparison_tables(runs: Sequence[Inputs]) -> list[Table]:
         for place, (members, facts) in enumerate(groups):
             name = title if len(groups) == 1 else f"{title}, group {place + 1} of {len(groups)}"
             apart = why_apart(facts, groups[0][1]) if place else ""
-            note = f"Not to be compared with group 1: {apart}." if apart else ""
-            tables.append(compared(name, members, kind, facts, note))
+            notes = [f"Not to be compared with group 1: {apart}." if apart else ""]
+            notes += [fewer_note(members[0].results, kind) if members[0].results else ""]  # as of the others
+            tables.append(compared(name, members, kind, facts, " ".join(note for note in notes if note)))
     return tables
 
 

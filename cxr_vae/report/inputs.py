@@ -54,6 +54,8 @@ class Results(_Read):
     num_generated: int | None = None
     num_real: int | None = None
     num_floor: int | None = None
+    num_pairs: dict[str, int] = {}
+    """Images of each set that figures of all pairs look at."""
     generated: Facts = {}
     real: Facts = {}
     floor: Facts = {}

@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.evaluation.image_sets import drawn_in_words
-from cxr_vae.report.figures import Table, figure_tables, losses_tables
+from cxr_vae.report.figures import Table, fewer_note, figure_tables, losses_tables
 from cxr_vae.report.inputs import Inputs, Results, negative_elbo
 from cxr_vae.run_dir import RunDir
 
@@ -62,6 +62,7 @@ def figures_table(results: Results) -> str:
             [row[0].text.removesuffix(f", {network} features"), *(cell.text for cell in row[1:])] for row in table.rows
         ]
         parts.append(f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}")
+    parts += [note for note in [fewer_note(results)] if note]
     if "num_units" in results.latent:
         parts.append(f"{results.latent['active_units']} of {results.latent['num_units']} latent units are active")
     drawn = drawn_in_words(results.generated)
