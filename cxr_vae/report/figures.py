@@ -124,6 +124,7 @@ def circumstances(results: Results) -> dict[str, str]:
         {
             "feature network": results.features.get("network"),
             "its weights, SHA-256": results.features.get("weights_sha256"),
+            "its code, SHA-256": results.features.get("code_sha256"),
             "dtype": results.features.get("dtype"),
             "resize": results.features.get("resize"),
             "image size": results.image_size,
