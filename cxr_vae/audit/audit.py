@@ -41,7 +41,7 @@ from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
 from cxr_vae.sampling.generate import my_blocks
 
-MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
+MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.split_file")
 NUM_LISTED = 24
 MOST_LISTED = 200
 

@@ -36,7 +36,7 @@ from cxr_vae.files import read_json, sha256_of, write_json
 from cxr_vae.run_dir import RunDir
 from cxr_vae.weights import check_trained_classes, load_vae
 
-MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
+MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.split_file")
 
 
 def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
