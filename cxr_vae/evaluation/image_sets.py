@@ -119,7 +119,8 @@ def first_images(index: SplitIndex, num: int, model: VAE, config: Config) -> tup
 
 
 def rows_of(index: SplitIndex, num: int, config: Config) -> npt.NDArray[np.int64]:
-    """Which `num` rows of a split are looked at."""
+    """Which `num` rows of a split are looked at, at most all of them."""
+    assert num <= len(index), f"{num} of {len(index)} images would be repeated"
     rows: npt.NDArray[np.int64] = np.sort(TrainingStream(len(index), config.seed).rows(0, num))
     return rows
 
