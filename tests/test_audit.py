@@ -8,12 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from cxr_vae.audit.audit import audit
+from cxr_vae.audit.record import keep_earlier_audit
 from cxr_vae.audit.samples import choose_samples, in_words
 from cxr_vae.config_file import override_config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import world
 from cxr_vae.errors import UserError
+from cxr_vae.files import write_json
 from cxr_vae.run_dir import RunDir
 from cxr_vae.sampling.generate import generate
 from tests.audit_images import draw_images, shifted
@@ -98,6 +100,18 @@ def test_one_process_finds_the_same_as_two_and_keeps_their_record(
             assert pair["ratio"] == pytest.approx(found[1][place]["ratio"], abs=0.01)
     for space, of_one in one["spaces"].items():
         assert of_one["share"]["share"] == pytest.approx(two["spaces"][space]["share"]["share"], abs=1e-6)
+
+
+def test_each_earlier_audit_is_kept_with_its_picture(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        keep_earlier_audit(tmp_path)
+        (tmp_path / "closest_pairs.png").write_text(str(number))
+        write_json(tmp_path / "memorisation.json", {"number": number, "pictures": [{"file": "closest_pairs.png"}]})
+    assert len(list(tmp_path.iterdir())) == 6
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert path.stem == ("memorisation" if record["number"] == 3 else f"memorisation.{record['number']}")
+        assert (tmp_path / record["pictures"][0]["file"]).read_text() == str(record["number"])
 
 
 def test_real_images_of_other_patients_are_no_alarm(audited: Path, shards: Path, tmp_path: Path) -> None:

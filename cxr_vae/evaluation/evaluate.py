@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +31,7 @@ from cxr_vae.evaluation.image_sets import (
 )
 from cxr_vae.evaluation.latent_pictures import save_latent_pictures
 from cxr_vae.evaluation.metrics import MAX_PAIRS, Figure, called, check_counts, compare, inception_score, mean_figure
-from cxr_vae.files import read_json, sha256_of, write_json
+from cxr_vae.files import keep_earlier, read_json, sha256_of, write_json
 from cxr_vae.run_dir import RunDir
 from cxr_vae.weights import check_trained_classes, load_vae
 
@@ -170,12 +169,3 @@ def earlier_results(run: RunDir, request: dict[str, Any]) -> dict[str, Any] | No
         return None
     print(f"{run.results}: already evaluated so", flush=True)
     return results
-
-
-def keep_earlier(path: Path) -> None:
-    """Renames results that are about to be replaced to evaluation_results.1.json, .2.json and so on."""
-    if path.is_file():
-        number = 1
-        while (kept := path.with_suffix(f".{number}.json")).exists():
-            number += 1
-        path.rename(kept)

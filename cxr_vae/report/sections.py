@@ -148,7 +148,7 @@ def images_section(run: Inputs) -> Section:
     split = "" if run.results is None else f", {run.results.real.get('split', '?')} split"
     for folder, what in (("generated", "Generated images of the evaluation"), ("real", f"Real images{split}")):
         paths = sorted((run.run.evaluation / folder).glob("*.png"))[:NUM_SHOWN]
-        found.append(montage(paths, what, f"The first {len(paths)}: {what.lower()}", columns=6))
+        found.append(montage(paths, what, f"The first {len(paths)}: {what.lower()}"))
     pictures = [picture for picture in found if picture]
     missing = "" if pictures else f"No pictures yet: `cxr-vae train {run.run.config}` draws them after an epoch."
     return Section("images", "Images", missing=missing, pictures=pictures)
