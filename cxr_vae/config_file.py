@@ -96,7 +96,7 @@ def override_config(config: Config, overrides: Sequence[str], allowed: Sequence[
 
 def load_section(kind: type[SectionT], path: Path) -> SectionT:
     """A YAML file of the options of one section, such as a launcher's; refused in words as a configuration is."""
-    tree = _read_tree(path)
+    tree = read_tree(path)
     for key in tree:
         if key not in kind.model_fields:
             near = difflib.get_close_matches(str(key), kind.model_fields, n=1)
@@ -111,7 +111,7 @@ def load_section(kind: type[SectionT], path: Path) -> SectionT:
 def load_values(path: Path) -> dict[str, list[str]]:
     """A YAML file of lists of values by key, each value as the text of an override."""
     values = {}
-    for key, listed in _read_tree(path).items():
+    for key, listed in read_tree(path).items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"{path}: {key} should hold a list of values, such as [1e-3, 1e-4], not {listed!r}")
         values[str(key)] = [
@@ -132,7 +132,8 @@ def _parse(override: str, allowed: Sequence[str] = ()) -> tuple[str, Any]:
         raise UserError(f"option {override}: the value is not valid YAML; quote it if it is a text") from None
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, whatever its keys are; UserError where it isn't one."""
     try:
         tree = yaml.load(config_path(path).read_text(encoding="utf-8"), _Core)
     except OSError as error:
@@ -149,7 +150,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    tree = _read_tree(path)
+    tree = read_tree(path)
     for section in SECTIONS:
         if section in tree and tree[section] is None:
             del tree[section]  # a section all of whose keys are commented out

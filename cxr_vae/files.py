@@ -43,6 +43,16 @@ def read_json(path: Path, *, hint: str) -> Any:
         raise UserError(f"{path} is damaged (not valid JSON): {hint}") from None
 
 
+def keep_earlier(path: Path) -> Path | None:
+    """Renames a file that is about to be replaced to `results.1.json`, .2.json and so on; None where there is none."""
+    if not path.is_file():
+        return None
+    number = 1
+    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(kept)
+
+
 def sync_directory(path: Path) -> None:
     """Flushes a directory's entries to the disk, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

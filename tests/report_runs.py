@@ -73,12 +73,18 @@ AUDIT = {
     "tables": [{"title": "Closest pairs", "headers": ["sample", "ratio", "known"], "rows": [["000017", 0.031, True]]}],
     "findings": [{"level": "warning", "text": "5 samples are copies of training images."}],
     "pictures": [{"title": "Samples above their nearest", "file": "closest_pairs.png"}],
-    "samples": {},
+    "samples": {"folder": "other/pngs", "num_other_files": 0},
 }
 
 
-def make_run(path: Path, results: dict[str, Any] | None = None, losses: tuple[float, ...] = (700, 600, 650)) -> RunDir:
-    """A run directory as training leaves it, written by what training writes it with."""
+def make_run(
+    path: Path,
+    results: dict[str, Any] | None = None,
+    losses: tuple[float, ...] = (700, 600, 650),
+    *,
+    kl_warmup: int = 1,
+) -> RunDir:
+    """A run directory as training leaves it, written by what training writes it with; `losses` are negative ELBOs."""
     run = RunDir(path)
     config = load_config(
         ROOT / "configs/reference.yaml",
@@ -87,7 +93,8 @@ def make_run(path: Path, results: dict[str, Any] | None = None, losses: tuple[fl
     run.claim(config, {"world_size": 2, "device": "cpu"})
     lines = []
     for number, loss in enumerate(losses):
-        of = {"loss_nats": loss, "reconstruction_nats": loss - 20, "kl_nats": 20.0, "bits_per_dim": loss / 710}
+        weighted = loss - 20 + 20 * min(1, (number + 1) / kl_warmup)
+        of = {"loss_nats": weighted, "reconstruction_nats": loss - 20, "kl_nats": 20.0, "bits_per_dim": loss / 710}
         lines.append({"kind": "epoch", "step": number + 1, "epoch": number + 1, "train": of, "test": of})
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     speeds = [(1, 0.5), (2, 1.0), (3, 0.4)]  # broken off after the second

@@ -8,12 +8,14 @@ from PIL import Image
 from torch import Tensor
 
 from cxr_vae.audit.audit import audit
-from cxr_vae.audit.samples import choose_samples
+from cxr_vae.audit.record import keep_earlier_audit
+from cxr_vae.audit.samples import choose_samples, in_words
 from cxr_vae.config_file import override_config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import world
 from cxr_vae.errors import UserError
+from cxr_vae.files import write_json
 from cxr_vae.run_dir import RunDir
 from cxr_vae.sampling.generate import generate
 from tests.audit_images import draw_images, shifted
@@ -65,7 +67,9 @@ def test_planted_copies_raise_the_flag_and_are_named(audited: Path, planted: tup
         assert all(len(row) == len(table["headers"]) for row in table["rows"])
 
 
-def test_the_record_says_what_it_was_made_from(audited: Path, shards: Path) -> None:
+def test_the_record_says_what_it_was_made_from(
+    audited: Path, shards: Path, planted: tuple[Path, dict[str, str]]
+) -> None:
     record = record_of(audited)
     splits = json.loads((shards / "manifest.json").read_text())["splits"]
     for part, split, num in (("training", "train", 70), ("held_out", "test", 18)):
@@ -74,6 +78,7 @@ def test_the_record_says_what_it_was_made_from(audited: Path, shards: Path) -> N
         assert record[part]["num"] == num
     assert (record["num_samples"], record["num_reference"]) == (30, 70)
     assert record["features"]["network"] == "random"
+    assert f"Audited: 30 PNGs in {planted[0]}." in [finding["text"] for finding in record["findings"]]
     assert len(record["features"]["weights_sha256"]) == len(record["samples"]["content_sha256"]) == 64
     picture = audited / "evaluation" / record["pictures"][0]["file"]
     assert min(Image.open(picture).size) > 500
@@ -97,6 +102,18 @@ def test_one_process_finds_the_same_as_two_and_keeps_their_record(
         assert of_one["share"]["share"] == pytest.approx(two["spaces"][space]["share"]["share"], abs=1e-6)
 
 
+def test_each_earlier_audit_is_kept_with_its_picture(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        keep_earlier_audit(tmp_path)
+        (tmp_path / "closest_pairs.png").write_text(str(number))
+        write_json(tmp_path / "memorisation.json", {"number": number, "pictures": [{"file": "closest_pairs.png"}]})
+    assert len(list(tmp_path.iterdir())) == 6
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert path.stem == ("memorisation" if record["number"] == 3 else f"memorisation.{record['number']}")
+        assert (tmp_path / record["pictures"][0]["file"]).read_text() == str(record["number"])
+
+
 def test_real_images_of_other_patients_are_no_alarm(audited: Path, shards: Path, tmp_path: Path) -> None:
     dataset = XrayDataset(ShardDirectory.open(shards).split("test"), in_memory=False, workers=1)
     write(tmp_path / "real", dataset.images(range(18)), "real")
@@ -117,6 +134,7 @@ def test_the_images_of_the_evaluation_are_taken_or_drawn_again(trained: Path, tm
         generate(run, generated, 70)
         read = choose_samples(run, config, None, here)
         assert read.facts["folder"] == str(generated)
+        assert in_words(read.facts) == in_words(drawn.facts) == "generated images (prior: standard normal)"
         assert torch.equal(read.fetch(0, 70), images)
         assert torch.equal(drawn.at(66), images[66, 0])
         (generated / "images.json").write_text('{"weights_sha256": "of others", "seed": 0}')

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cxr_vae.config import Config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.shards import write_shards
 from cxr_vae.data.tars import Preprocessing
+from cxr_vae.evaluation.image_sets import rows_of
 from cxr_vae.evaluation.latent_pictures import save_latent_pictures
 from cxr_vae.models import VAE
 from cxr_vae.run_dir import RunDir
@@ -56,9 +58,12 @@ def test_results_carry_what_a_figure_needs(evaluated: tuple[Path, str], shards: 
     assert len(results["latent"]["kl_nats_per_unit"]) == 4
     assert results["figures"]["frechet_random"]["value"] > results["figures"]["frechet_random"]["floor"]
     assert (results["num_generated"], results["num_real"], results["num_real_wanted"]) == (70, 18, 40)
+    assert results["num_pairs"] == {"generated": 70, "reconstructions": 18, "real": 18, "floor": 70}
+    assert "The floor is of" not in output
     manifest = json.loads((shards / "manifest.json").read_text())
     assert results["real"]["split"] == "test"
     assert results["real"]["index_sha256"] == manifest["splits"]["test"]["index"]["sha256"]
+    assert results["pixel_likelihood"] == "bernoulli"
     assert results["features"]["network"] == "random"
     assert len(results["features"]["weights_sha256"]) == 64
     assert "the test split has 18 images, not 40: all are used" in output
@@ -77,6 +82,13 @@ def test_images_lie_beside_the_figures(evaluated: tuple[Path, str], shards: Path
         assert picture.size == (9 * 34 + 2, 4 * 34 + 2)  # a row a latent unit
     assert not (run / "evaluation/features").exists()
     assert {np.asarray(Image.open(path)).tobytes() for path in real} == expected  # every test image once
+
+
+def test_no_real_image_is_looked_at_twice(shards: Path) -> None:
+    index = ShardDirectory.open(shards).split("test")
+    assert rows_of(index, 18, Config()).tolist() == list(range(18))
+    with pytest.raises(AssertionError, match="19 of 18 images would be repeated"):
+        rows_of(index, 19, Config())
 
 
 class ShowsTheClass(VAE):

@@ -1,3 +1,5 @@
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ from PIL import Image
 
 from cxr_vae.config import EvaluateConfig
 from cxr_vae.errors import UserError
+from cxr_vae.evaluation.block_store import BlockStore
 from cxr_vae.evaluation.features import Features, build_inception, choose_network, load_network
 from cxr_vae.evaluation.metrics import compare
+from cxr_vae.files import sha256_of
 from tests.helpers import draw_image
 
 
@@ -113,6 +117,26 @@ def test_a_network_of_ones_own(images, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=told):
             load_network(features_name, torch.device("cpu"), weights and str(weights))
+
+
+def test_a_changed_network_of_ones_own_is_another(images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code has changed, its name, weights and words haven't: kept features of the earlier one aren't taken."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = "import torch\nclass Mean(torch.nn.Module):\n    def forward(self, x): return x.flatten(1).float() * {}\n"
+    code += "def mean(weights): return Mean()\n"
+    stores, files = [], []
+    for factor in (1, 2):
+        (tmp_path / "edited_features.py").write_text(code.format(factor))
+        sys.modules.pop("edited_features", None)
+        importlib.invalidate_caches()
+        network = load_network("edited_features:mean", torch.device("cpu"))
+        assert network(images["a"][:1]).pooled.max() == factor * images["a"][0].float().max()
+        files.append(sha256_of(tmp_path / "edited_features.py"))
+        stores.append(BlockStore(tmp_path, {"features": network.facts()}).folder)
+        assert network.facts()["code_sha256"] == files[-1]
+    assert stores[0] != stores[1]
+    assert "code_sha256" not in load_network("random", torch.device("cpu")).facts()
 
 
 def no_network(weights: Path | None) -> str:

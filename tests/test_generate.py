@@ -2,11 +2,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from cxr_vae.errors import UserError
 from cxr_vae.noise import normal
 from cxr_vae.pictures import to_uint8
+from cxr_vae.sampling.generate import claim, path_of
 from cxr_vae.weights import load_vae, save_vae
 from tests.helpers import check_sentence, cxr_vae
 
@@ -40,6 +43,17 @@ def test_more_can_be_added_later_but_not_of_another_seed(trained: Path, tmp_path
     result = cxr_vae("generate", trained, "--num", 6, "--out", out, "--seed", 5)
     check_sentence(result, "holds images of other weights or another seed")
     assert images(out) == before
+
+
+def test_it_goes_on_after_the_millionth_image(tmp_path: Path) -> None:
+    claim(tmp_path / "out", {"seed": 0}, replace=False)
+    for number in (0, 999_999, 1_000_000):
+        path_of(tmp_path / "out", number).write_bytes(b"")
+    (tmp_path / "out" / ".1000001.png.tmp").write_bytes(b"")
+    claim(tmp_path / "out", {"seed": 0}, replace=False)
+    (tmp_path / "out" / "00000.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds something else \(00000\.png\)"):
+        claim(tmp_path / "out", {"seed": 0}, replace=False)
 
 
 def test_folders_that_are_not_ours_are_left_alone(trained: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from scipy.stats import betabinom
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from cxr_vae.audit import memorisation
 from cxr_vae.audit.fingerprints import Fingerprints, small_copies
 from cxr_vae.audit.memorisation import (
     CopiesTest,
@@ -17,7 +18,6 @@ from cxr_vae.audit.memorisation import (
     chance_of_a_closer_one,
     copies_test,
     copying_statistic,
-    level_of_a_test,
     matched_share,
     nearness_ratios,
     verdict,
@@ -26,7 +26,7 @@ from cxr_vae.audit.neighbours import Neighbours, Search, feature_space, likened,
 from cxr_vae.audit.rows import same_person
 from tests.audit_images import draw_images, shifted
 
-LEVEL = level_of_a_test(2)
+LEVEL = memorisation.LEVEL_OF_A_TEST
 NOBODY = -1
 
 
@@ -237,15 +237,18 @@ class TestShare:
         samples, training, held_out = rng.random((5, 2)), rng.random((8, 2)), rng.random((3, 2))
         distances = cdist(samples, np.concatenate([training, held_out]))
         is_held_out = np.arange(11) >= 8
-        test = matched_share(np.argsort(distances, 1), is_held_out, np.ones(11, int), 0, 99)
+        test = matched_share(np.argsort(distances, 1), is_held_out, np.ones(11, int), 0)
         shares = [
             (distances[:, subset].min(1) < distances[:, 8:].min(1)).mean()
             for subset in map(list, itertools.combinations(range(8), 3))
         ]
         assert test.share == pytest.approx(np.mean(shares))
 
-    def test_false_alarms_are_as_stated_although_patients_have_many_images(self) -> None:
+    def test_false_alarms_are_as_stated_although_patients_have_many_images(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Patients' images lie together, and samples share neighbours: a binomial test would alarm far more often."""
+        monkeypatch.setattr(memorisation, "NUM_PERMUTATIONS", 99)
         rng = np.random.default_rng(2)
         p_values = []
         for _ in range(300):
@@ -253,7 +256,7 @@ class TestShare:
             images = (rng.normal(size=(60, 3)))[patients] + 0.1 * rng.normal(size=(240, 3))
             samples = rng.normal(size=(100, 3))
             order = np.argsort(cdist(samples, images), 1)[:, :50]
-            p_values.append(matched_share(patients[order], np.arange(60) < 15, np.full(60, 4), 0, 99).p_value)
+            p_values.append(matched_share(patients[order], np.arange(60) < 15, np.full(60, 4), 0).p_value)
         for level in (0.02, 0.1, 0.3):
             assert np.mean(np.array(p_values) <= level) == pytest.approx(level, abs=3.5 * np.sqrt(level / 300))
 

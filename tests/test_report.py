@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.files import sha256_of, write_json
 from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
@@ -61,6 +62,20 @@ class TestContent:
         for part in ("inception", "c" * 64, "float32", "TensorFlow's", "100", "90", "test", "train", "a" * 64):
             assert part in facts
 
+    def test_figures_of_fewer_images_than_those_beside_them_say_so(self, tmp_path: Path) -> None:
+        most = {"generated": 10_000, "real": 90, "reconstructions": 90, "floor": 5216}
+        few = RESULTS | {"num_generated": 12_000, "num_floor": 5216, "num_pairs": most}
+        run, other = (make_run(tmp_path / name, few, ()) for name in "ab")
+        floor = "The floor is of 5 216 images, all that the train split has, not of 12 000"
+        pairs = "the interval of the kernel distance are of at most 10 000 images of each set."
+        text, page = report_runs([run.path])
+        for told in (text, text_of(section(read_page(page), "figures"))):
+            assert floor in told
+            assert pairs in told
+        _, page = report_runs([run.path, other.path], tmp_path / "r.html")
+        assert floor in text_of(section(read_page(page), "figures"))
+        assert "The floor is of" not in report_runs([make_run(tmp_path / "c", RESULTS, ()).path])[0]
+
     def test_losses_speed_and_curves(self, page: Any) -> None:
         training = section(page, "training")
         ((_, rows),) = tables(training)
@@ -72,6 +87,23 @@ class TestContent:
         assert "30 images/s" in text_of(training)
         titles = [text_of(caption) for caption in training.iter("figcaption")]
         assert titles == ["Loss", "Reconstruction", "KL"]
+
+    def test_the_best_epoch_is_that_of_the_best_checkpoint(self, tmp_path: Path) -> None:
+        """By the negative ELBO: the loss of the first epochs is low since a warm-up leaves out most of the KL."""
+        runs = [
+            make_run(tmp_path / name, losses=(610, 600, 605), kl_warmup=warmup) for name, warmup in (("a", 3), ("b", 1))
+        ]
+        text, out = report_runs([runs[0].path])
+        page = read_page(out)
+        ((_, rows),) = tables(section(page, "training"))
+        assert rows[0][1] == "negative ELBO"
+        assert rows[4] == ["2, test|best test loss", "600.00", "580.00", "20.00", f"{600 / 710:.4f}"]
+        assert "600.0 negative ELBO, nats an image, epoch 2 of 3" in text_of(page.find(".//dl"))
+        assert re.search(r"1 +test +610.0 +590 +20.0", text)
+        text, out = report_runs([tmp_path])
+        (of_losses,) = (rows for _, rows in tables(section(read_page(out), "runs")))
+        assert [row[3:6] for row in of_losses[1:]] == [["600.00", "2", "605.00"]] * 2
+        assert re.search(r"a +no +3 +600.00 +2 +605.00", text)
 
     def test_pictures_audit_latent_space_and_data(self, page: Any) -> None:
         images = section(page, "images")
@@ -85,6 +117,7 @@ class TestContent:
         assert dict(tables(audit))["Closest pairs"] == [["sample", "ratio", "known"], ["000017", "0.031", "yes"]]
         assert "5 samples are copies" in text_of(audit)
         assert "5 samples are copies" in text_of(page.find(".//aside"))  # a warning is seen first
+        assert "flagged audit of PNGs in other/pngs" in text_of(page.find(".//dl"))
         latent = section(page, "latent")
         assert "2 of 4 latent units are active" in text_of(latent)
         assert [text_of(one) for one in latent.iter("figcaption")] == ["Latent traversals", "KL of each latent unit"]
@@ -103,6 +136,33 @@ class TestContent:
         history = dict(tables(section(page, "history")))
         assert [row[1] for row in history["Stretches of training"][1:]] == ["1 … 2", "3 … 3"]
         assert history["Evaluations"][1][2:4] == ["FID", "81.2|78.1 … 84.4"]
+
+    @pytest.mark.parametrize(
+        ("options", "differing"),
+        [
+            (("run_dir=x",), {"run_dir"}),
+            (("train.compile=default", "latent_dim=5"), {"train.compile", "model.latent_dim"}),
+            (("model.name=residual", "prior.name=flow_matching"), {"model.name", "prior.name"}),
+            (("model.name=residual", "num_blocks=2"), {"model.name", "model.num_blocks"}),
+        ],
+    )
+    def test_only_what_was_set_differs_from_the_defaults(
+        self, tmp_path: Path, options: tuple[str, ...], differing: set[str]
+    ) -> None:
+        run = make_run(tmp_path / "run", losses=())
+        run.config.write_text(dump_config(load_config(None, options)))
+        report_runs([run.path])
+        found = dict(tables(section(read_page(run.path / "report.html"), "configuration")))
+        assert {row[0] for row in found["Options that differ from the defaults"][1:]} == differing
+
+    def test_a_run_of_a_version_with_other_options_is_shown(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run")
+        text = run.config.read_text().replace("model:", "model:\n  name_of_later: off").replace("name: conv", "name: u")
+        run.config.write_text(text)
+        told, page = report_runs([run.path])
+        assert "training, nats an image" in told
+        options = dict(dict(tables(section(read_page(page), "configuration")))["Options that differ from the defaults"])
+        assert (options["model.name_of_later"], options["model.name"]) == ("off", "u")
 
     def test_what_is_missing_is_said_with_the_command_that_makes_it(self, tmp_path: Path) -> None:
         bare = make_run(tmp_path / "run", losses=())

@@ -5,10 +5,11 @@ import pytest
 
 from cxr_vae.config_file import dump_config, load_config
 from cxr_vae.errors import UserError
+from cxr_vae.files import write_json
 from cxr_vae.report.command import report_runs
 from tests.helpers import cxr_vae
 from tests.page_helpers import read_page, section, tables, text_of
-from tests.report_runs import RESULTS, changed, make_run
+from tests.report_runs import AUDIT, RESULTS, changed, make_run
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def comparison(folder: Path) -> Any:
     result = cxr_vae("report", folder)
     assert result.returncode == 0, result.stderr
-    assert "5 runs, losses in nats an image" in result.stdout
+    assert "5 runs, negative ELBO in nats an image" in result.stdout
     assert result.stdout.rstrip().endswith(str(folder / "report.html"))
     return read_page(folder / "report.html")
 
@@ -93,8 +94,34 @@ class TestComparison:
             report_runs([folder / "a"], tmp_path)
         broken = make_run(tmp_path / "broken")
         broken.config.write_text("{")
-        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        with pytest.raises(UserError, match=r"config\.yaml, line 1: not a valid YAML file"):
             report_runs([broken.path, folder / "a"], tmp_path / "r.html")
+
+    def test_the_training_of_a_prior_is_no_run(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run")
+        inside = make_run(run.path / "priors" / "flow-12345678", losses=())
+        copied = make_run(tmp_path / "copied", losses=())
+        copied.metrics.write_text(
+            '{"kind": "epoch", "step": 1, "epoch": 1, "train": {"loss": 2}, "test": {"loss": 3}}\n'
+        )
+        for path in (inside.path, inside.path.parent, copied.path):
+            with pytest.raises(UserError, match=r"is the training of a prior, which has no report: name the run"):
+                report_runs([path])
+        assert report_runs([make_run(tmp_path / "priors" / "run").path])[1].is_file()  # a folder's name says nothing
+
+
+def test_audits_stand_beside_what_they_are_of(tmp_path: Path) -> None:
+    drawn = {"folder": "evaluation/generated", "prior": "flow_matching", "temperature": 0.8, "guidance": 2.0}
+    runs = [make_run(tmp_path / name, RESULTS, ()) for name in ("a", "b", "c")]
+    for run, facts in zip(runs, (drawn, AUDIT["samples"]), strict=False):
+        write_json(run.evaluation / "memorisation.json", AUDIT | {"samples": facts})
+    report_runs([tmp_path])
+    ((_, rows),) = tables(section(read_page(tmp_path / "report.html"), "memorisation"))
+    of = ["generated images (prior: flow_matching (temperature 0.8, guidance 2.0))", "PNGs in other/pngs", "–"]
+    assert [row[:3] for row in rows[1:]] == [
+        [name, level, words]
+        for name, level, words in zip("abc", ("warning", "warning", "not audited"), of, strict=True)
+    ]
 
 
 def test_priors_stand_beside_the_figures_of_their_samples(tmp_path: Path) -> None:
@@ -108,3 +135,24 @@ def test_priors_stand_beside_the_figures_of_their_samples(tmp_path: Path) -> Non
     page = read_page(tmp_path / "comparison.html")
     (rows,) = [rows for caption, rows in tables(page) if caption.startswith("Samples")]
     assert rows[1] == ["prior", "–", "standard normal", "flow_matching (temperature 1.0, num_steps 25, guidance 2.0)"]
+
+
+def test_another_pixel_likelihood_stands_apart(tmp_path: Path) -> None:
+    """Nats of grey values taken as probabilities, and of a density: the lower is no better. Also in older records."""
+    for name, likelihood, losses in (("a", "bernoulli", (700,)), ("b", "gaussian", (-900,))):
+        run = make_run(tmp_path / name, RESULTS, losses)
+        run.config.write_text(dump_config(load_config(run.config, [f"likelihood={likelihood}"])))
+    make_run(tmp_path / "c", RESULTS | {"pixel_likelihood": "discretized_logistic"}, ())
+    text, out = report_runs([tmp_path])
+    page = read_page(out)
+    of_figures = dict(tables(section(page, "figures")))
+    assert [of_figures[f"Likelihood, group {n} of 3"][0][1:] for n in (1, 2, 3)] == [["b"], ["a"], ["c"]]
+    assert of_figures["Samples"][0][2:] == ["b", "a", "c"]
+    of_losses = dict(tables(section(page, "runs")))
+    assert [row[0] for row in of_losses["Runs, group 2 of 2"][1:]] == ["a", "c"]
+    assert "pixel likelihood bernoulli, not gaussian" in text_of(section(page, "runs"))
+    assert "pixel likelihood bernoulli, not gaussian" in text_of(section(page, "figures"))
+    shown = text.partition("Runs, group 1 of 2")[2].partition("Runs, group 2 of 2")
+    assert "-900.00" in shown[0]
+    assert "700.00" in shown[2]
+    assert "Not to be compared with group 1: pixel likelihood bernoulli, not gaussian." in shown[2]

@@ -5,11 +5,14 @@ import random
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from cxr_vae.audit import audit
 from cxr_vae.cli import build_parser
 from cxr_vae.config import Config, DataConfig
+from cxr_vae.config_file import load_config, override_config
 from cxr_vae.data.dataset import open_split
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.make_split import divide, parse_fractions
@@ -18,6 +21,7 @@ from cxr_vae.data.sources import Layout, SourceImage, scan
 from cxr_vae.data.split_file import read_split_file, write_split_file
 from cxr_vae.data.tars import Preprocessing
 from cxr_vae.errors import UserError
+from cxr_vae.evaluation import evaluate
 from launch.stages import Shape, shard_stage
 from tests.helpers import check_sentence, cxr_vae, draw_source
 
@@ -202,6 +206,20 @@ def test_shards_of_no_split_file_are_refused_where_one_is_asked_for(source: Path
     write_split_file(tmp_path / "split.csv", divide(scan(source), FRACTIONS, 0).images)
     with pytest.raises(UserError, match="made with no split file"):
         open_split(DataConfig(shards=str(shards), image_size=32, split_file=str(tmp_path / "split.csv")), "train")
+
+
+@pytest.mark.parametrize("stage", [evaluate, audit])
+def test_a_split_file_that_was_moved_may_be_named_anew(shards: Path, tmp_path: Path, stage: ModuleType) -> None:
+    """Or left out; what no later stage reads can't be given there."""
+    options = [f"data.shards={shards}", "image_size=32", f"data.split_file={tmp_path / 'gone.csv'}"]
+    config = load_config(None, options)
+    held_out = (None,) if stage is audit else ()
+    with pytest.raises(UserError, match=r"gone\.csv"):
+        stage.open_splits(config, *held_out)
+    found = override_config(config, ["data.split_file=null"], stage.MAY_OVERRIDE)
+    assert all(len(index) for index in stage.open_splits(found, *held_out))
+    with pytest.raises(UserError, match=r"data\.workers was settled by the training run"):
+        override_config(config, ["data.workers=2"], stage.MAY_OVERRIDE)
 
 
 def test_an_unfinished_sharding_begins_anew_with_another_split_file(source: Path, tmp_path: Path) -> None:

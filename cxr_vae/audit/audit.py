@@ -14,12 +14,12 @@ from scipy.stats import mannwhitneyu
 
 from cxr_vae.audit.fingerprints import Fingerprints, SplitFingerprints, fingerprint, join
 from cxr_vae.audit.memorisation import (
+    LEVEL_OF_A_TEST,
     Findings,
     ShareTest,
     chances_of_each,
     copies_test,
     copying_statistic,
-    level_of_a_test,
     matched_share,
     nearness_ratios,
 )
@@ -41,7 +41,7 @@ from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
 from cxr_vae.sampling.generate import my_blocks
 
-MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
+MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.split_file")
 NUM_LISTED = 24
 MOST_LISTED = 200
 
@@ -122,7 +122,7 @@ def findings_of(found: Found, rows: Rows, seed: int) -> Findings:
             found.samples.ids[:, 0],
             nearness_ratios(found.reference.distances),
             rows.groups[rows.reference],
-            level_of_a_test(2),
+            LEVEL_OF_A_TEST,
             each_image_once=found.space.is_learned,
         ),
         share=share,
@@ -153,7 +153,7 @@ def closest_pairs(found: Found, judged: Findings, samples: Samples, training: Sp
     """The samples that most have a training image to themselves, first the most; 24, or all suspects up to 200."""
     ratios = nearness_ratios(found.samples.distances)
     limit = judged.copies.best
-    is_alarm = judged.copies.p_value <= level_of_a_test(2)
+    is_alarm = judged.copies.p_value <= LEVEL_OF_A_TEST
     order = np.argsort(ratios, kind="stable")[: min(MOST_LISTED, max(NUM_LISTED, limit.found))]
     rows = [int(row) for row in found.samples.ids[order, 0]]
     keys, sources, patients = (training.texts(name, rows) for name in ("key", "source", "patient"))

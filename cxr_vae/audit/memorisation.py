@@ -18,6 +18,9 @@ from scipy.stats import betabinom, mannwhitneyu
 FALSE_ALARMS = 0.01
 """How often the flag is raised, at most, for new images of the training distribution: over all tests of an audit."""
 
+LEVEL_OF_A_TEST = FALSE_ALARMS / 4
+"""The p-value up to which a test raises the flag (Bonferroni): there are two in each of two spaces."""
+
 NUM_NEAREST = 50
 SHARES = (0.001, 0.01, 0.05)
 """Of real training images that lie below the limits a copy is looked for with."""
@@ -121,13 +124,7 @@ class ShareTest:
     two_sided: float
 
 
-def matched_share(
-    neighbours: Ints,
-    is_held_out: npt.NDArray[np.bool_],
-    sizes: Ints,
-    seed: int,
-    num_permutations: int = NUM_PERMUTATIONS,
-) -> ShareTest:
+def matched_share(neighbours: Ints, is_held_out: npt.NDArray[np.bool_], sizes: Ints, seed: int) -> ShareTest:
     """The share of samples that lie closer to training than to held-out images, at equal numbers of both.
 
     `neighbours` (m, K) are the groups (patients) of the nearest of all training and held-out images together;
@@ -144,9 +141,9 @@ def matched_share(
 
     rng = np.random.default_rng(seed)
     found = share(is_held_out)
-    permuted = np.array([share(rng.permutation(is_held_out)) for _ in range(num_permutations)])
-    upper = (1 + int((permuted >= found).sum())) / (1 + num_permutations)
-    lower = (1 + int((permuted <= found).sum())) / (1 + num_permutations)
+    permuted = np.array([share(rng.permutation(is_held_out)) for _ in range(NUM_PERMUTATIONS)])
+    upper = (1 + int((permuted >= found).sum())) / (1 + NUM_PERMUTATIONS)
+    lower = (1 + int((permuted <= found).sum())) / (1 + NUM_PERMUTATIONS)
     return ShareTest(found, upper, min(1.0, 2 * min(upper, lower)))
 
 
@@ -207,28 +204,22 @@ class Findings:
         return self.share_of_training.two_sided < SHIFTED
 
 
-def level_of_a_test(num_spaces: int) -> float:
-    """The p-value up to which one test raises the flag."""
-    return FALSE_ALARMS / (2 * num_spaces)
-
-
 def verdict(spaces: Sequence[Findings]) -> tuple[bool, str]:
     """Whether the flag is raised, and why in a sentence.
 
     It is raised where the copies test or, if the held-out images are of the training distribution, the share of a
-    space has a p-value of at most 1 % over the number of tests (Bonferroni).
+    space has so low a p-value.
     """
-    level = level_of_a_test(len(spaces))
     reasons = []
     for found in spaces:
         best = found.copies.best
-        if found.copies.p_value <= level:
+        if found.copies.p_value <= LEVEL_OF_A_TEST:
             reasons.append(
                 f"in {found.space}, {best.found} samples are nearer to a single training image, one of "
                 f"{best.num_images}, than {1 - best.share:.1%} of new images would be, where {best.expected:.1f} were "
                 f"expected (p = {found.copies.p_value:.2g})"
             )
-        if found.p_share <= level and not found.held_out_differs:
+        if found.p_share <= LEVEL_OF_A_TEST and not found.held_out_differs:
             reasons.append(
                 f"in {found.space}, {found.share.share:.1%} of the samples are closer to training than to as many "
                 f"held-out images (p = {found.p_share:.2g})"

@@ -9,13 +9,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from cxr_vae.audit.memorisation import FALSE_ALARMS, Findings, level_of_a_test, verdict
+from cxr_vae.audit.memorisation import FALSE_ALARMS, LEVEL_OF_A_TEST, Findings, verdict
 from cxr_vae.audit.rows import Rows
-from cxr_vae.audit.samples import Samples
+from cxr_vae.audit.samples import Samples, in_words
 from cxr_vae.config import Config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import SplitIndex
-from cxr_vae.files import read_json, write_atomically, write_json
+from cxr_vae.files import keep_earlier, read_json, write_atomically, write_json
 
 RECORD, PICTURE = "memorisation.json", "closest_pairs.png"
 
@@ -64,15 +64,18 @@ def record_of(
     """The content of memorisation.json."""
     training, held_out = indexes
     flag, reason = verdict(found)
-    level = level_of_a_test(len(found))
+    num_samples = circumstances["num_samples"]
     return {
         "flag": flag,
         "reason": reason,
-        "rule": RULE.format(level=level, alarms=FALSE_ALARMS),
+        "rule": RULE.format(level=LEVEL_OF_A_TEST, alarms=FALSE_ALARMS),
         "false_alarm_rate": FALSE_ALARMS,
-        "level_of_a_test": level,
+        "level_of_a_test": LEVEL_OF_A_TEST,
         "tables": [summary(found), limits(found), closest(pairs)],
-        "findings": remarks(found, flag, reason, held_out.split, rows.num_left_out, circumstances["num_samples"]),
+        "findings": [
+            *remarks(found, flag, reason, held_out.split, rows.num_left_out, num_samples),
+            note(f"Audited: {num_samples} {in_words(circumstances['samples'])}."),
+        ],
         "pictures": [{"title": "Closest pairs: sample above its nearest training image", "file": PICTURE}],
         "spaces": {
             one.space: asdict(one)
@@ -235,19 +238,17 @@ def publish(
 ) -> None:
     """Writes picture and record into `folder`, the record last; those of an earlier audit are kept beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    keep_earlier(folder)
+    keep_earlier_audit(folder)
     save_pairs(folder / PICTURE, pairs, samples, training)
     write_json(folder / RECORD, record)
 
 
 def save_pairs(path: Path, pairs: Sequence[Pair], samples: Samples, training: XrayDataset) -> None:
     """The first pairs of each space: the sample above its nearest training image; suspects have red names."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # matplotlib takes a second to import
 
     spaces = list(dict.fromkeys(pair.space for pair in pairs))
     figure = Figure(figsize=(1.9 * PAIRS_SHOWN, 4.6 * len(spaces)), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(2 * len(spaces), PAIRS_SHOWN, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -270,17 +271,13 @@ def shorten(name: str, most: int = 26) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def keep_earlier(folder: Path) -> None:
+def keep_earlier_audit(folder: Path) -> None:
     """Renames the record and picture of an earlier audit to memorisation.1.json, closest_pairs.1.png and so on."""
-    record, picture = folder / RECORD, folder / PICTURE
+    record = folder / RECORD
     if not record.is_file():
         return
-    number = 1
-    while (kept := record.with_suffix(f".{number}.json")).exists():
-        number += 1
     content = read_json(record, hint="delete it")
-    if picture.is_file():
-        picture.rename(picture.with_suffix(f".{number}.png"))
-        content["pictures"][0]["file"] = picture.with_suffix(f".{number}.png").name
-    write_json(kept, content)
-    record.unlink()
+    if picture := keep_earlier(folder / PICTURE):
+        content["pictures"][0]["file"] = picture.name
+        write_json(record, content)
+    keep_earlier(record)

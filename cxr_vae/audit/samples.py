@@ -1,7 +1,7 @@
 """The images an audit looks at: those of the run's evaluation, a folder of PNGs, or new draws of the model."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cxr_vae.config import Config
 from cxr_vae.data.images import UnreadableImageError, decode_grey
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.evaluation.image_sets import generated_images
+from cxr_vae.evaluation.image_sets import drawn_in_words, generated_images
 from cxr_vae.files import read_json, sha256_of
 from cxr_vae.noise import BLOCK
 from cxr_vae.run_dir import RunDir
@@ -50,6 +50,13 @@ def choose_samples(run: RunDir, config: Config, folder: Path | None, here: World
             f"audit; give it {MIN_IMAGES} or more"
         )
     return samples
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """Which images they are: `generated images (prior: gmm (temperature 1.0))` or `PNGs in some/folder`."""
+    if drawn := drawn_in_words(facts):
+        return f"generated images (prior: {drawn})"
+    return f"PNGs in {facts['folder']}" if "folder" in facts else "images"
 
 
 def _choose(run: RunDir, config: Config, folder: Path | None, here: World) -> Samples:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -31,12 +30,12 @@ from cxr_vae.evaluation.image_sets import (
     usable_cache,
 )
 from cxr_vae.evaluation.latent_pictures import save_latent_pictures
-from cxr_vae.evaluation.metrics import Figure, called, check_counts, compare, inception_score, mean_figure
-from cxr_vae.files import read_json, sha256_of, write_json
+from cxr_vae.evaluation.metrics import MAX_PAIRS, Figure, called, check_counts, compare, inception_score, mean_figure
+from cxr_vae.files import keep_earlier, read_json, sha256_of, write_json
 from cxr_vae.run_dir import RunDir
 from cxr_vae.weights import check_trained_classes, load_vae
 
-MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.workers")
+MAY_OVERRIDE = ("evaluate", *PRIOR_OPTIONS, "device", "data.shards", "data.split_file")
 
 
 def evaluate(run: RunDir, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -126,6 +125,7 @@ def results_of(
         "likelihood": {name: record(figure) for name, figure in likelihood.items()},
         "latent": unit_facts(found["reconstructions"]) | {"importance_samples": config.evaluate.importance_samples},
         **{f"num_{name}": sets[name].num for name in ("generated", "real", "floor")},
+        "num_pairs": {name: min(of.num, MAX_PAIRS) for name, of in sets.items()},
         "num_real_wanted": config.evaluate.num_real,
         **{name: sets[name].facts for name in ("generated", "real")},
         "floor": sets["floor"].facts
@@ -136,6 +136,7 @@ def results_of(
         "kid_subset_size": min(config.evaluate.kid_subset_size, sets["generated"].num, sets["real"].num),
         "features": network.facts(),
         "image_size": config.data.image_size,
+        "pixel_likelihood": config.objective.likelihood,
         "versions": {name: version(name) for name in ("cxr-vae", "torch", "torch-fidelity", "torchmetrics", "numpy")},
         "request": request,
     }
@@ -168,12 +169,3 @@ def earlier_results(run: RunDir, request: dict[str, Any]) -> dict[str, Any] | No
         return None
     print(f"{run.results}: already evaluated so", flush=True)
     return results
-
-
-def keep_earlier(path: Path) -> None:
-    """Renames results that are about to be replaced to evaluation_results.1.json, .2.json and so on."""
-    if path.is_file():
-        number = 1
-        while (kept := path.with_suffix(f".{number}.json")).exists():
-            number += 1
-        path.rename(kept)

@@ -6,10 +6,12 @@ None) and returns a module which maps images (B, 1, H, W) uint8 to features (B, 
 """
 
 import importlib
+import inspect
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExt
 from cxr_vae.errors import UserError
 from cxr_vae.evaluation import inception_weights
 from cxr_vae.evaluation.block_store import hash_of
+from cxr_vae.files import sha256_of
 
 LAYERS = ["2048", "logits_unbiased"]
 RANDOM_SEED = 0
@@ -56,6 +59,8 @@ class FeatureNetwork:
     module: nn.Module
     device: torch.device
     preprocessing: str = "torch-fidelity's bilinear as in TensorFlow 1, to 299 x 299"
+    code_sha256: str | None = None
+    """Of the file that a user's network is defined in: its code may change and its weights not."""
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
@@ -82,7 +87,7 @@ class FeatureNetwork:
             "weights_sha256": self.weights_sha256,
             "dtype": "float32",
             "resize": self.preprocessing,
-        }
+        } | ({} if self.code_sha256 is None else {"code_sha256": self.code_sha256})
 
 
 def choose_network(wanted: str) -> str:
@@ -152,7 +157,8 @@ def load_users_network(name: str, device: torch.device, weights: str | None) -> 
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"evaluate.features_weights={weights}: no such file")
     try:
-        build = getattr(importlib.import_module(where), function)
+        defined_in = importlib.import_module(where)
+        build = getattr(defined_in, function)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"evaluate.features={name}: {error}; name a function that Python can import, as package.module:function"
@@ -162,7 +168,16 @@ def load_users_network(name: str, device: torch.device, weights: str | None) -> 
         raise UserError(f"evaluate.features={name} gives a {type(module).__name__}, not a torch.nn.Module")
     module = module.to(device).eval()
     words = str(getattr(module, "preprocessing", "the network's own"))
-    return FeatureNetwork(name, hash_of(module.state_dict()), module, device, words)
+    return FeatureNetwork(name, hash_of(module.state_dict()), module, device, words, code_sha256_of(defined_in))
+
+
+def code_sha256_of(module: ModuleType) -> str | None:
+    """Of a module's source file; None where it has none."""
+    try:
+        path = inspect.getsourcefile(module)
+    except TypeError:  # it is part of Python
+        return None
+    return None if path is None else sha256_of(Path(path))
 
 
 class RandomInception(FeatureExtractorInceptionV3):  # type: ignore[misc]

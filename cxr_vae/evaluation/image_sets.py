@@ -1,7 +1,7 @@
 """The sets of images that an evaluation measures, block by block: generated, real, and reconstructions of real ones."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cxr_vae.config import Config
+from cxr_vae.config_file import SAMPLING
 from cxr_vae.console import Progress
 from cxr_vae.data.dataset import XrayDataset, to_float
 from cxr_vae.data.index import SplitIndex
@@ -76,6 +77,12 @@ def generated_images(run: RunDir, model: VAE, config: Config, device: torch.devi
     return ImageSet("generated", num, fetch, sampler.facts, evaluation / "features", evaluation / "generated")
 
 
+def drawn_in_words(facts: Mapping[str, Any]) -> str:
+    """What generated images were drawn from: `gmm (temperature 1.0)`; empty where that isn't known."""
+    options = [f"{name} {facts[name]}" for name in ("temperature", *SAMPLING) if name in facts]
+    return str(facts.get("prior", "")) + (f" ({', '.join(options)})" if options else "")
+
+
 def real_images(index: SplitIndex, num: int, config: Config, folder: Path | None, root: Path) -> ImageSet:
     """`num` of a split, drawn at random from the seed, in stored order."""
     dataset, rows = XrayDataset(index, in_memory=False, workers=1), rows_of(index, num, config)
@@ -112,7 +119,8 @@ def first_images(index: SplitIndex, num: int, model: VAE, config: Config) -> tup
 
 
 def rows_of(index: SplitIndex, num: int, config: Config) -> npt.NDArray[np.int64]:
-    """Which `num` rows of a split are looked at."""
+    """Which `num` rows of a split are looked at, at most all of them."""
+    assert num <= len(index), f"{num} of {len(index)} images would be repeated"
     rows: npt.NDArray[np.int64] = np.sort(TrainingStream(len(index), config.seed).rows(0, num))
     return rows
 

@@ -5,23 +5,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cxr_vae.errors import UserError
+from cxr_vae.report.inputs import Inputs, read_inputs
 from cxr_vae.report.page import PAGE, write_report
-from cxr_vae.report.summary import is_folder_of_runs, report, runs_in, runs_table
+from cxr_vae.report.summary import report_comparing, report_of
 from cxr_vae.run_dir import RunDir
 
 
 def report_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[str, Path]:
     """The text to print and the page that was written; UserError where a path is no run and holds none."""
-    given = [RunDir(path) for path in paths]
-    runs = [run for one in given for run in (runs_in(one.path) if is_folder_of_runs(one) else [one])]
-    runs = list({run.path.resolve(): run for run in runs}.values())  # each once
     page = out or (paths[0] / PAGE if len(paths) == 1 else Path(PAGE))
     if page.is_dir():
         raise UserError(f"--out {page} is a folder: name a file in it, such as {page / PAGE}")
-    write_report(list(zip(runs, names_of([run.path for run in runs]), strict=True)), page)
-    if len(given) == 1:
-        return report(given[0]), page
-    return f"{len(runs)} runs, losses in nats an image\n\n{runs_table(runs)}", page
+    found = [run for path in paths for run in runs_at(path)]
+    runs = list({run.run.path.resolve(): run for run in found}.values())  # each once
+    for run, name in zip(runs, names_of([run.run.path for run in runs]), strict=True):
+        run.name = name
+    write_report(runs, page)
+    return (report_of(runs[0]) if len(runs) == 1 else report_comparing(runs)), page
+
+
+def runs_at(path: Path) -> list[Inputs]:
+    """The run at a path or, where that is a folder of runs, those in it, best test loss first."""
+    run = RunDir(path)
+    if run.config.is_file() or not path.is_dir():
+        return [read_inputs(run)]
+    inside = [RunDir(folder) for folder in sorted(path.iterdir()) if folder.is_dir()]
+    found = [read_inputs(run) for run in inside if run.config.is_file()]
+    if not found:
+        raise UserError(f"{path} is no run directory and holds none: name one that train wrote")
+    return sorted(found, key=lambda run: run.best_test_loss)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

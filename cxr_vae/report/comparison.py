@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cxr_vae.audit.samples import in_words
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.report.figures import (
     Cell,
@@ -34,7 +35,7 @@ def sections_comparing(runs: Sequence[Inputs]) -> list[Section]:
         warned.append(Finding(level="warning", text=NO_FID.removeprefix("WARNING: ")))
     figures = comparison_tables(runs)
     return [
-        Section("runs", "Runs", tables=losses_tables(runs), note="Losses of the test split, in nats an image."),
+        Section("runs", "Runs", tables=losses_tables(runs), note="Negative ELBO of the test split, in nats an image."),
         Section(
             "figures",
             "Figures",
@@ -85,10 +86,11 @@ def audits_section(runs: Sequence[Inputs]) -> Section:
         found = sorted(run.audit.findings, key=is_mild) if run.audit else []
         texts = [one.text for one in found] if run.audit else [run.missing["memorisation"]]
         level = found[0].level if found else "not audited"
-        cells = [Cell(run.name, is_number=False), Cell(level, is_number=False)]
-        rows.append([*cells, Cell(texts[0] if texts else "–", is_number=False)])
+        of = in_words(run.audit.samples) if run.audit else "–"
+        cells = (run.name, level, of, texts[0] if texts else "–")
+        rows.append([Cell(text, is_number=False) for text in cells])
     return Section(
-        "memorisation", "Nearest training images", tables=[Table("Audits", ["run", "level", "it says"], rows)]
+        "memorisation", "Nearest training images", tables=[Table("Audits", ["run", "level", "of", "it says"], rows)]
     )
 
 

@@ -1,7 +1,8 @@
 """Figures as tables: those of one run with intervals and floors, those of several runs beside each other.
 
 Only figures that can be compared stand in one table: the same feature network, weights, dtype, resize, numbers of
-images, splits and content of the splits. Runs of which something differs get a table of their own, with the reason.
+images, splits, content of the splits and, of losses, likelihood of the pixels. Runs of which something differs get a
+table of their own, with the reason.
 """
 
 import math
@@ -9,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cxr_vae.report.inputs import FigureRecord, Inputs, Results
+from cxr_vae.evaluation.image_sets import drawn_in_words
+from cxr_vae.report.inputs import FigureRecord, Inputs, Results, negative_elbo
 
 LOWER, HIGHER = "lower is better", "higher is better"
 
@@ -122,6 +124,7 @@ def circumstances(results: Results) -> dict[str, str]:
         {
             "feature network": results.features.get("network"),
             "its weights, SHA-256": results.features.get("weights_sha256"),
+            "its code, SHA-256": results.features.get("code_sha256"),
             "dtype": results.features.get("dtype"),
             "resize": results.features.get("resize"),
             "image size": results.image_size,
@@ -144,13 +147,6 @@ def of_samples(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, 
     return results.figures, circumstances(results)
 
 
-def prior_in_words(results: Results) -> str:
-    """What the generated images were drawn from: `gmm (temperature 1.0)`; empty where that isn't known."""
-    drawn = results.generated
-    options = [f"{name} {drawn[name]}" for name in ("temperature", "num_steps", "guidance") if name in drawn]
-    return str(drawn.get("prior", "")) + (f" ({', '.join(options)})" if options else "")
-
-
 def of_reconstructions(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, str]]:
     """Figures of reconstructed real images; generated ones and the floor have no part in them."""
     if results.reconstructions is None:
@@ -166,8 +162,11 @@ def of_likelihood(results: Results) -> tuple[Mapping[str, FigureRecord], dict[st
     """Bounds on the likelihood of real images; no feature network has a part in them."""
     facts = circumstances(results)
     kept = ("image size", "real images", "real split", "its index, SHA-256", "which of its images, SHA-256")
-    latents = words({"latents of the importance-weighted bound": results.latent.get("importance_samples")})
-    return results.likelihood or {}, {name: facts[name] for name in kept if name in facts} | latents
+    own = {
+        "pixel likelihood": results.pixel_likelihood,
+        "latents of the importance-weighted bound": results.latent.get("importance_samples"),
+    }
+    return results.likelihood or {}, {name: facts[name] for name in kept if name in facts} | words(own)
 
 
 Kind = Callable[[Results], tuple[Mapping[str, FigureRecord], dict[str, str]]]
@@ -197,8 +196,10 @@ def figure_tables(results: Results) -> list[Table]:
                 row += [measured(figure.floor, figure.floor_interval_95), Cell(interval(figure.floor_interval_95))]
             rows.append(row)
         # No circumstance that has to be equal: priors are there to be compared.
-        drawn = {"prior": prior_in_words(results)} if kind is of_samples and prior_in_words(results) else {}
-        tables.append(Table(title, headers, rows, floor_note(results) if has_floor else "", drawn | facts))
+        drawn = drawn_in_words(results.generated) if kind is of_samples else ""
+        all_facts = ({"prior": drawn} if drawn else {}) | facts
+        notes = (floor_note(results) if has_floor else "", fewer_note(results, kind))
+        tables.append(Table(title, headers, rows, " ".join(note for note in notes if note), all_facts))
     return tables
 
 
@@ -206,6 +207,25 @@ def floor_note(results: Results) -> str:
     """What the floor is."""
     meaning = results.floor.get("meaning")
     return f"Floor: {meaning}. Interval: {results.interval}." if meaning and results.interval else ""
+
+
+def fewer_note(results: Results, kind: Kind = of_samples) -> str:
+    """Which figures are of fewer images than those they stand by."""
+    said = []
+    wanted, there = results.num_generated, results.num_floor
+    if kind is of_samples and wanted and there and there < wanted:
+        said.append(
+            f"The floor is of {number(there).text} images, all that the {results.floor.get('split')} split has, not of "
+            f"{number(wanted).text}: with fewer images a Fréchet distance is larger."
+        )
+    nums = {"generated": wanted, "real": results.num_real}
+    fewer = [most for name, most in results.num_pairs.items() if most < (nums.get(name) or 0)]
+    if kind is not of_likelihood and fewer:
+        said.append(
+            "Precision, recall, density, coverage and the interval of the kernel distance are of at most "
+            f"{number(max(fewer)).text} images of each set."
+        )
+    return " ".join(said)
 
 
 def grouped(runs: Sequence[Inputs], facts_of: Callable[[Inputs], dict[str, str]]) -> list[Group]:
@@ -250,8 +270,9 @@ def comparison_tables(runs: Sequence[Inputs]) -> list[Table]:
         for place, (members, facts) in enumerate(groups):
             name = title if len(groups) == 1 else f"{title}, group {place + 1} of {len(groups)}"
             apart = why_apart(facts, groups[0][1]) if place else ""
-            note = f"Not to be compared with group 1: {apart}." if apart else ""
-            tables.append(compared(name, members, kind, facts, note))
+            notes = [f"Not to be compared with group 1: {apart}." if apart else ""]
+            notes += [fewer_note(members[0].results, kind) if members[0].results else ""]  # as of the others
+            tables.append(compared(name, members, kind, facts, " ".join(note for note in notes if note)))
     return tables
 
 
@@ -260,7 +281,7 @@ def compared(title: str, runs: Sequence[Inputs], kind: Kind, facts: dict[str, st
     found = [kind(run.results)[0] for run in runs if run.results is not None]
     names = list(dict.fromkeys(name for figures in found for name in figures))
     has_floor = any(figure.floor is not None for figures in found for figure in figures.values())
-    priors = [prior_in_words(run.results) for run in runs if run.results is not None]
+    priors = [drawn_in_words(run.results.generated) for run in runs if run.results is not None]
     rows = []
     if kind is of_samples and any(priors):
         cells = [Cell(text or "–", is_number=False) for text in ["prior", *(["–"] if has_floor else []), *priors]]
@@ -305,13 +326,14 @@ def losses_circumstances(run: Inputs) -> dict[str, str]:
             "image size": run.config.get("data.image_size"),
             "test split": split,
             "its index, SHA-256": run.index_hashes.get(split),
+            "pixel likelihood": run.config.get("objective.likelihood"),
             "KL weight": run.config.get("objective.kl_weight"),
         }
     )
 
 
 def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
-    """Test losses of several runs, one table for each group that can be compared."""
+    """Test losses (negative ELBOs) of several runs, one table for each group that can be compared."""
     groups = grouped(runs, losses_circumstances)
     headers = ["run", "finished", "epochs", "best test loss", "at epoch", "last test loss", "bits/dim at the best"]
     tables = []
@@ -319,7 +341,7 @@ def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
         title = "Runs" if len(groups) == 1 else f"Runs, group {place + 1} of {len(groups)}"
         note = f"Not to be compared with group 1: {why_apart(facts, groups[0][1])}." if place else ""
         bests = [run.best_epoch for run in members]
-        winner = best_of([None if best is None else best["test"]["loss_nats"] for best in bests], LOWER)
+        winner = best_of([None if best is None else negative_elbo(best["test"]) for best in bests], LOWER)
         rows = []
         for number_, (run, best) in enumerate(zip(members, bests, strict=True)):
             finished = "yes" if run.weights_sha256 else "no"
@@ -327,8 +349,8 @@ def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
             if best is None:
                 row += [number(None)] * 4
             else:
-                loss = Cell(f"{best['test']['loss_nats']:.2f}", is_best=number_ == winner)
-                last = Cell(f"{run.epochs[-1]['test']['loss_nats']:.2f}")
+                loss = Cell(f"{negative_elbo(best['test']):.2f}", is_best=number_ == winner)
+                last = Cell(f"{negative_elbo(run.epochs[-1]['test']):.2f}")
                 row += [loss, number(best["epoch"]), last, Cell(f"{best['test']['bits_per_dim']:.4f}")]
             rows.append(row)
         tables.append(Table(title, headers, rows, note, facts))

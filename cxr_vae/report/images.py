@@ -14,6 +14,7 @@ MAX_BYTES = 400_000
 """Of a file that is taken as it is."""
 TILE, GAP = 112, 3
 """Pixels along a side of an image in a montage, and between two."""
+COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def as_jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def montage(paths: Sequence[Path], title: str, alt: str, columns: int) -> Picture | None:
+def montage(paths: Sequence[Path], title: str, alt: str) -> Picture | None:
     """Grey images side by side, each at most TILE pixels wide; None where there are none or one can't be read."""
     tiles = []
     for path in paths:
@@ -72,7 +73,7 @@ def montage(paths: Sequence[Path], title: str, alt: str, columns: int) -> Pictur
     if not tiles:
         return None
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
-    columns = min(columns, len(tiles))
+    columns = min(COLUMNS, len(tiles))
     size = (columns * (width + GAP) + GAP, -(-len(tiles) // columns) * (height + GAP) + GAP)
     whole = Image.new("L", size, 255)
     for number, tile in enumerate(tiles):

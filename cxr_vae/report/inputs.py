@@ -1,16 +1,16 @@
 """What a report is made from: the files of a run, checked, a sentence in place of each that is missing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cxr_vae.checkpoints.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config import OPTIONS
+from cxr_vae.config_file import read_tree
 from cxr_vae.data.index import MANIFEST
 from cxr_vae.errors import UserError
 from cxr_vae.files import read_json, sha256_of
@@ -54,11 +54,14 @@ class Results(_Read):
     num_generated: int | None = None
     num_real: int | None = None
     num_floor: int | None = None
+    num_pairs: dict[str, int] = {}
+    """Images of each set that figures of all pairs look at."""
     generated: Facts = {}
     real: Facts = {}
     floor: Facts = {}
     features: Facts = {}
     image_size: int | None = None
+    pixel_likelihood: str | None = None
     interval: str = ""
     versions: Facts = {}
     request: Facts = {}
@@ -92,6 +95,8 @@ class Record(_Read):
     tables: list[RecordTable] = []
     findings: list[Finding] = []
     pictures: list[RecordPicture] = []
+    samples: Facts = {}
+    """What an audit looked at."""
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -122,21 +127,34 @@ class Inputs:
 
     @property
     def best_epoch(self) -> Facts | None:
-        """The epoch of the lowest test loss."""
-        return min(self.epochs, key=lambda epoch: epoch["test"]["loss_nats"], default=None)
+        """The epoch of the lowest test loss, as checkpoints are compared: the negative ELBO."""
+        return min(self.epochs, key=lambda epoch: negative_elbo(epoch["test"]), default=None)
+
+    @property
+    def best_test_loss(self) -> float:
+        """In nats an image; infinite before the first epoch."""
+        best = self.best_epoch
+        return float("inf") if best is None else negative_elbo(best["test"])
 
 
-def read_inputs(run: RunDir, name: str | None = None) -> Inputs:
-    """All that is known of a run; UserError where it is none or its configuration can't be read."""
-    config = read_config(run)
+def negative_elbo(losses: Facts) -> float:
+    """In nats an image. A record's `loss_nats` has the KL weight of its step: after a warm-up it would be another's."""
+    return float(losses["reconstruction_nats"] + losses["kl_nats"])
+
+
+def read_inputs(run: RunDir) -> Inputs:
+    """All that is known of a run; UserError where it is none of a model or its configuration can't be read."""
+    config, epochs = read_config(run), read_epochs(run)
+    if is_of_prior(run, epochs):
+        raise UserError(f"{run.path} is the training of a prior, which has no report: name the run the prior is of")
     checkpoints = published(run.checkpoints)
     inputs = Inputs(
         run,
-        name or run.path.resolve().name,
+        run.path.resolve().name,
         config,
         read_optional(run.path / "environment.json"),
         read_optional(run.path / "hyperparameters.json"),
-        read_epochs(run),
+        epochs,
         read_records(run.speed),
         read_optional(checkpoints[0] / CHECKPOINT_MANIFEST).get("index_hashes", {}) if checkpoints else {},
         sha256_of(run.weights) if run.weights.is_file() else None,
@@ -150,24 +168,26 @@ def read_inputs(run: RunDir, name: str | None = None) -> Inputs:
     return inputs
 
 
+def is_of_prior(run: RunDir, epochs: Sequence[Facts]) -> bool:
+    """Whether this is where a prior was trained, a run directory in that of a model, or a copy of such a one."""
+    folder = run.path.resolve().parent
+    is_inside = folder.name == "priors" and RunDir(folder.parent).config.is_file()
+    return is_inside or any("kl_nats" not in epoch["test"] for epoch in epochs)
+
+
 def read_config(run: RunDir) -> Facts:
     """The configuration by dotted key, as it was saved, also by another version."""
     if not run.config.is_file():
         raise UserError(f"{run.path} is not a run directory (it has no {run.config.name}): name one train wrote")
-    try:
-        tree = yaml.safe_load(run.config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise UserError(f"{run.config} is damaged (not valid YAML): train into another run_dir")
-    return dict(_flat(tree))
+    return dict(flat(read_tree(run.config)))
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
     for name, value in tree.items():
         key = f"{above}{name}"
         if isinstance(value, dict) and key not in OPTIONS:
-            yield from _flat(value, f"{key}.")
+            yield from flat(value, f"{key}.")
         else:
             yield key, value
 
@@ -200,6 +220,9 @@ def _read_results(inputs: Inputs) -> None:
     if inputs.results is None:
         inputs.missing["figures"] = f"No figures: {sentence}"
         return
+    if inputs.results.pixel_likelihood is None:  # older records don't say
+        said = {"pixel_likelihood": inputs.config.get("objective.likelihood")}
+        inputs.results = inputs.results.model_copy(update=said)
     _note_other_weights(inputs, "figures", inputs.results.request.get("run_weights_sha256"), "evaluate")
 
 
@@ -209,9 +232,7 @@ def _read_audit(inputs: Inputs) -> None:
     if inputs.audit is None:
         inputs.missing["memorisation"] = f"No memorisation audit: {sentence}"
         return
-    samples = (inputs.audit.model_extra or {}).get("samples")
-    weights = samples.get("weights_sha256") if isinstance(samples, dict) else None
-    _note_other_weights(inputs, "memorisation", weights, "audit")
+    _note_other_weights(inputs, "memorisation", inputs.audit.samples.get("weights_sha256"), "audit")
 
 
 def _note_other_weights(inputs: Inputs, section: str, sha256: Any, command: str) -> None:

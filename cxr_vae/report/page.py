@@ -15,16 +15,14 @@ import jinja2
 from cxr_vae import __version__
 from cxr_vae.files import write_atomically
 from cxr_vae.report.comparison import MOST_COMPARED, sections_comparing
-from cxr_vae.report.inputs import read_inputs
+from cxr_vae.report.inputs import Inputs
 from cxr_vae.report.sections import Section, Tile, sections_of, tiles_of
-from cxr_vae.run_dir import RunDir
 
 PAGE = "report.html"
 
 
-def write_report(runs: Sequence[tuple[RunDir, str]], out: Path) -> None:
-    """Writes the page of runs, each with the name it goes by; UserError where one is no run."""
-    inputs = [read_inputs(run, name) for run, name in runs]
+def write_report(inputs: Sequence[Inputs], out: Path) -> None:
+    """Writes the page of runs."""
     if len(inputs) == 1:
         title, tiles, sections = inputs[0].name, tiles_of(inputs[0]), sections_of(inputs[0])
         subtitle = str(inputs[0].run.path.resolve())

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
-from cxr_vae.config import OPTIONS
+from cxr_vae.audit.samples import in_words
+from cxr_vae.config import Config
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.report.figures import Cell, Table, brief, describe, figure_tables, interval, number
 from cxr_vae.report.history import history_tables
 from cxr_vae.report.images import Picture, load_picture, montage
-from cxr_vae.report.inputs import Finding, Inputs, Record, read_optional
+from cxr_vae.report.inputs import Facts, Finding, Inputs, Record, flat, negative_elbo, read_optional
 from cxr_vae.report.plots import loss_curves, units_plot
 
 NUM_SHOWN = 24
@@ -64,8 +66,8 @@ def tiles_of(run: Inputs) -> list[Tile]:
     tiles = []
     best = run.best_epoch
     if best:
-        of = f"epoch {best['epoch']} of {len(run.epochs)}"
-        tiles.append(Tile("Best test loss", f"{best['test']['loss_nats']:.1f}", f"nats an image, {of}"))
+        of = f"negative ELBO, nats an image, epoch {best['epoch']} of {len(run.epochs)}"
+        tiles.append(Tile("Best test loss", f"{negative_elbo(best['test']):.1f}", of))
     if run.results:
         for name, figure in list(run.results.figures.items())[:1]:
             floor = "" if figure.floor is None else f"floor {brief(figure.floor, figure.floor_interval_95)}"
@@ -79,7 +81,9 @@ def tiles_of(run: Inputs) -> list[Tile]:
                 tiles.append(Tile("Bits per dimension", value, interval(figure.interval_95)))
     if run.audit and run.audit.findings:
         flagged = any(finding.level == "warning" for finding in run.audit.findings)
-        tiles.append(Tile("Memorisation", "flagged" if flagged else "no sign", "audit of the samples"))
+        tiles.append(
+            Tile("Memorisation", "flagged" if flagged else "no sign", f"audit of {in_words(run.audit.samples)}")
+        )
     size = run.hyperparameters.get("num_parameters")
     if isinstance(size, int):
         tiles.append(Tile("Parameters", number(size).text, f"{run.config.get('data.image_size', '?')} px"))
@@ -115,10 +119,11 @@ def training_section(run: Inputs) -> Section:
         what = ", ".join(name for name, one in names.items() if one is epoch)
         for split in ("train", "test"):
             losses = epoch[split]
-            cells = [Cell(f"{losses[name]:.2f}") for name in ("loss_nats", "reconstruction_nats", "kl_nats")]
+            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
+            cells = [Cell(f"{value:.2f}") for value in nats]
             label = Cell(f"{epoch['epoch']}, {split}", what, is_number=False)
             rows.append([label, *cells, Cell(f"{losses['bits_per_dim']:.4f}")])
-    headers = ["epoch", "loss", "reconstruction", "KL", "bits/dim"]
+    headers = ["epoch", "negative ELBO", "reconstruction", "KL", "bits/dim"]
     speeds = sorted(speed["images_per_s"] for speed in run.speeds)
     note = f"Median speed: {speeds[len(speeds) // 2]:.0f} images/s." if speeds else ""
     if line := read_optional(run.run.efficiency).get("in_a_line"):
@@ -143,7 +148,7 @@ def images_section(run: Inputs) -> Section:
     split = "" if run.results is None else f", {run.results.real.get('split', '?')} split"
     for folder, what in (("generated", "Generated images of the evaluation"), ("real", f"Real images{split}")):
         paths = sorted((run.run.evaluation / folder).glob("*.png"))[:NUM_SHOWN]
-        found.append(montage(paths, what, f"The first {len(paths)}: {what.lower()}", columns=6))
+        found.append(montage(paths, what, f"The first {len(paths)}: {what.lower()}"))
     pictures = [picture for picture in found if picture]
     missing = "" if pictures else f"No pictures yet: `cxr-vae train {run.run.config}` draws them after an epoch."
     return Section("images", "Images", missing=missing, pictures=pictures)
@@ -193,7 +198,8 @@ def latent_section(run: Inputs) -> Section:
 
 def configuration_section(run: Inputs) -> Section:
     """What differs from the defaults, hyperparameters and environment as tables; all options as text."""
-    changed = {key: value for key, value in run.config.items() if key not in OPTIONS or value != default_of(key)}
+    defaults = defaults_of(run.config.get("model.name"))
+    changed = {key: value for key, value in run.config.items() if key not in defaults or value != defaults[key]}
     tables = [facts_table("Options that differ from the defaults", changed)]
     if run.hyperparameters:
         tables.append(facts_table("Hyperparameters", run.hyperparameters))
@@ -216,10 +222,13 @@ def configuration_section(run: Inputs) -> Section:
     )
 
 
-def default_of(key: str) -> object:
-    """An option's default, as YAML gives it."""
-    default = OPTIONS[key].default
-    return list(default) if isinstance(default, tuple) else default
+def defaults_of(architecture: object) -> Facts:
+    """All options by dotted key; those that an architecture fills in as this one does."""
+    try:
+        config = Config.model_validate({"model": {"name": architecture}})
+    except ValidationError:  # another version's
+        config = Config()
+    return dict(flat(config.model_dump(mode="json"))) | {"model.name": Config().model.name}
 
 
 def facts_table(title: str, facts: dict[str, object]) -> Table:

@@ -5,80 +5,52 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from cxr_vae.errors import UserError
 from cxr_vae.evaluation.features import NO_FID
-from cxr_vae.report.figures import figure_tables, prior_in_words
-from cxr_vae.report.inputs import Results, read_checked
+from cxr_vae.evaluation.image_sets import drawn_in_words
+from cxr_vae.report.figures import Table, fewer_note, figure_tables, losses_tables
+from cxr_vae.report.inputs import Inputs, Results, negative_elbo
 from cxr_vae.run_dir import RunDir
-from cxr_vae.training.run_log import read_epochs, read_records
 
 
-def report(run: RunDir) -> str:
-    """Losses, speed and figures of a run as text, and which pictures to open; of a folder of runs, their table."""
-    if is_folder_of_runs(run):
-        return compare_runs(run.path)
-    run.saved_config()
+def report_of(run: Inputs) -> str:
+    """Losses, speed and figures of a run as text, and which pictures to open."""
     parts = [losses_table(run)]
-    if run.results.is_file():
-        results, sentence = read_checked(run.results, Results, "evaluate again")
-        parts += [figures_table(results) if results else sentence]
-    pictures = [run.curves, *newest_grids(run), run.evaluation / "generated", run.results]
+    if run.results or run.run.results.is_file():
+        parts += [figures_table(run.results) if run.results else run.missing["figures"]]
+    where = run.run
+    pictures = [where.curves, *newest_grids(where), where.evaluation / "generated", where.results]
     parts += ["Look at:\n" + "\n".join(f"  {path}" for path in pictures if path.exists())]
     return "\n\n".join(parts)
 
 
-def is_folder_of_runs(run: RunDir) -> bool:
-    """Whether this is no run directory, but may hold some."""
-    return run.path.is_dir() and not run.config.is_file()
+def report_comparing(runs: Sequence[Inputs]) -> str:
+    """Losses of several runs as text, those that can be compared in one table."""
+    return "\n\n".join([f"{len(runs)} runs, negative ELBO in nats an image", *map(in_text, losses_tables(runs))])
 
 
-def runs_in(folder: Path) -> list[RunDir]:
-    """The runs in a folder, best test loss first; UserError where there are none."""
-    found = [run for path in sorted(folder.iterdir()) if path.is_dir() and (run := RunDir(path)).config.is_file()]
-    if not found:
-        raise UserError(f"{folder} is no run directory and holds none: name one that train wrote")
-    return sorted(found, key=best_test_loss)
+def in_text(table: Table) -> str:
+    """A table for a terminal."""
+    rows = [[cell.text for cell in row] for row in table.rows]
+    note = f"\n{table.note}" if table.note else ""
+    return f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}{note}"
 
 
-def best_test_loss(run: RunDir) -> float:
-    """In nats an image; infinite before the first epoch."""
-    return min((epoch["test"]["loss_nats"] for epoch in read_epochs(run)), default=float("inf"))
-
-
-def compare_runs(folder: Path) -> str:
-    """The runs in a folder, best test loss first, as text; UserError where there are none."""
-    runs = runs_in(folder)
-    return f"{folder}: {len(runs)} runs, losses in nats an image\n\n{runs_table(runs)}"
-
-
-def runs_table(runs: Sequence[RunDir]) -> str:
-    """Losses of several runs."""
-    rows = []
-    for run in runs:
-        epochs = read_epochs(run)
-        losses = [epoch["test"]["loss_nats"] for epoch in epochs]
-        best = min(range(len(losses)), key=losses.__getitem__, default=None)
-        found = (None, None, None) if best is None else (losses[best], epochs[best]["epoch"], losses[-1])
-        rows.append([run.path.name, "yes" if run.weights.is_file() else "no", len(epochs), *found])
-    headers = ["run", "finished", "epochs", "best test loss", "at epoch", "last test loss"]
-    return tabulate(rows, headers, floatfmt=("", "", "d", ".2f", "d", ".2f"), missingval="-")
-
-
-def losses_table(run: RunDir) -> str:
+def losses_table(run: Inputs) -> str:
     """First and last epoch, train and test."""
-    epochs = read_epochs(run)
+    epochs, path = run.epochs, run.run.path
     if not epochs:
-        return f"{run.path}: no epoch is finished yet"
+        return f"{path}: no epoch is finished yet"
     rows = []
     for record in dict.fromkeys((0, len(epochs) - 1)):
         for split in ("train", "test"):
             losses = epochs[record][split]
-            rows.append([epochs[record]["epoch"], split, *losses.values()])
-    speeds = [record["images_per_s"] for record in read_records(run.speed)]
+            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
+            rows.append([epochs[record]["epoch"], split, *nats, losses["bits_per_dim"]])
+    speeds = [record["images_per_s"] for record in run.speeds]
     speed = f"; median {sorted(speeds)[len(speeds) // 2]:.0f} images/s" if speeds else ""
-    headers = ["epoch", "split", "loss", "reconstruction", "KL", "bits/dim"]
+    headers = ["epoch", "split", "negative ELBO", "reconstruction", "KL", "bits/dim"]
     table = tabulate(rows, headers, floatfmt=("d", "", ".1f", ".1f", ".1f", ".4f"))
-    return f"{run.path}: training, nats an image{speed}\n\n{table}"
+    return f"{path}: training, nats an image{speed}\n\n{table}"
 
 
 def figures_table(results: Results) -> str:
@@ -90,9 +62,10 @@ def figures_table(results: Results) -> str:
             [row[0].text.removesuffix(f", {network} features"), *(cell.text for cell in row[1:])] for row in table.rows
         ]
         parts.append(f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}")
+    parts += [note for note in [fewer_note(results)] if note]
     if "num_units" in results.latent:
         parts.append(f"{results.latent['active_units']} of {results.latent['num_units']} latent units are active")
-    drawn = prior_in_words(results)
+    drawn = drawn_in_words(results.generated)
     of = f" (prior: {drawn})" if drawn else ""
     what = f"{results.num_generated} generated images{of} against {results.num_real} real ones"
     parts.append(f"{what} ({results.real.get('split')} split), features: {network}")

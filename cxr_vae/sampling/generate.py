@@ -92,9 +92,8 @@ def claim(folder: Path, identity: dict[str, Any], *, replace: bool) -> None:
         raise UserError(f"{folder} is a file; name a new or empty folder for the images")
     marker = folder / MARKER
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    foreign = sorted(
-        name for name in present if not re.fullmatch(r"\d{6}\.png|images\.json|\.(\d{6}\.png|images\.json)\.tmp", name)
-    )
+    ours = r"\d{6,}\.png|images\.json"
+    foreign = sorted(name for name in present if not re.fullmatch(rf"{ours}|\.({ours})\.tmp", name))
     if foreign or (present and not marker.is_file() and any(name.endswith(".png") for name in present)):
         raise UserError(
             f"{folder} holds something else ({(foreign or sorted(present))[0]}); name a new or empty folder"
