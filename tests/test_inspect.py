@@ -186,6 +186,18 @@ def test_clean_shards_raise_nothing(
         inspect_shards(tmp_path / "shards", planted[0] / "test", workers=1)
 
 
+def test_names_that_say_no_patient_are_said_to_be_so(tmp_path: Path) -> None:
+    """Also where several folders have files of the same names, which are no patients in several splits."""
+    rng = np.random.default_rng(1)
+    for folder in ("train/A", "train/B", "test/A", "test/B"):
+        for number in range(3):
+            save(tmp_path / "source", f"{folder}/{number:04d}.png", radiograph(rng))
+    write_shards(tmp_path / "source", tmp_path / "shards", Preprocessing(32), workers=1)
+    _, record = inspect_shards(tmp_path / "shards", workers=1)
+    assert "no file name says who the patient is" in said(record, "note")
+    assert record["patients_across_splits"] == {}
+
+
 def test_images_too_smooth_to_be_told_apart_are_said_to_be_so(tmp_path: Path) -> None:
     draw_source(tmp_path / "source", {"train": (12, 12)})  # one formula
     write_shards(tmp_path / "source", tmp_path / "shards", Preprocessing(32), workers=1)

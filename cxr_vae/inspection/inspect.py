@@ -102,9 +102,8 @@ def patients(images: Survey) -> Part:
     places: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for patient, split in zip(images.patient.tolist(), images.split, strict=True):
         places[patient][images.splits[split]] += 1
-    if all(patient_of(Path(source).stem) == Path(source).stem for source in images.source) and len(places) == len(
-        images
-    ):
+    unnamed = all(patient_of(source) == str(Path(source).with_suffix("")) for source in images.source)
+    if unnamed and len(places) == len(images):
         text = "no file name says who the patient is, so each image counts as a patient of its own"
         return Part(findings=[Finding("note", text)], facts={"patients_across_splits": {}})
     shared = {patient: dict(found) for patient, found in sorted(places.items()) if len(found) > 1}
