@@ -14,7 +14,7 @@ from PIL import Image
 
 from cxr_vae.config import DataConfig
 from cxr_vae.data import reader
-from cxr_vae.data.dataset import XrayDataset, free_memory, num_bytes, open_dataset, open_split, read_ahead
+from cxr_vae.data.dataset import XrayDataset, choose_place, free_memory, num_bytes, open_dataset, open_split, read_ahead
 from cxr_vae.data.images import decode_grey, to_square
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.reader import ShardReader
@@ -122,6 +122,28 @@ def test_what_does_not_fit_is_read_from_the_shards(shards: Path, monkeypatch: py
     monkeypatch.setattr("cxr_vae.data.dataset.free_memory", lambda: 2 * num_bytes(index) - 1)
     assert open_dataset(config, index, ALONE).place == "shards"
     assert open_dataset(config.model_copy(update={"loading": "memory"}), index, ALONE).place == "memory"
+
+
+def test_a_gpu_is_chosen_where_images_fit_it_and_on_their_way_the_memory(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, here = DataConfig(shards=str(shards), image_size=32), World(0, 1, 0, 1, torch.device("cuda", 0))
+    index = open_split(config, "train")
+    enough, less = 2 * num_bytes(index), 2 * num_bytes(index) - 1
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for on_gpu, in_memory, place in ((enough, enough, "gpu"), (less, enough, "memory"), (enough, less, "shards")):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=on_gpu: (free, free))
+        monkeypatch.setattr("cxr_vae.data.dataset.free_memory", lambda free=in_memory: free)
+        assert choose_place(config, index, here) == place
+
+
+def test_decoding_all_copies_none(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the host would hold every image twice before they go to a GPU."""
+    dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=True, workers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(XrayDataset, "images", lambda *_: pytest.fail("images are gathered"))
+        dataset.decode_all(np.arange(70))
+    assert dataset.holds(np.arange(70))
 
 
 def test_free_memory_is_less_than_there_is() -> None:

@@ -90,10 +90,14 @@ class XrayDataset:
             for place, row in enumerate(rows):
                 images.numpy()[place, 0] = self._reader.read(row)
             return images.pin_memory() if self.pin else images
+        self._decode(rows)
+        return self._images.index_select(0, torch.from_numpy(rows).to(self.device, non_blocking=True))
+
+    def _decode(self, rows: Rows) -> None:
+        assert self._images is not None
         for row in rows[self._here[rows] == 0]:
             self._images.numpy()[row, 0] = self._reader.read(row)
             self._here[row] = 1
-        return self._images.index_select(0, torch.from_numpy(rows).to(self.device, non_blocking=True))
 
     def labels(self, rows: Sequence[int] | Rows, device: torch.device) -> Tensor:
         """(n,) int64 classes of these rows."""
@@ -105,9 +109,9 @@ class XrayDataset:
         return self._images is not None and bool(self._here[rows].all())
 
     def decode_all(self, rows: Rows) -> None:
-        """Reads what `images` would read of these rows, in parallel."""
+        """Reads what is to be kept of these rows, in parallel."""
         with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(self.images, np.array_split(rows, max(self.workers, len(rows) // 64))))
+            list(pool.map(self._decode, np.array_split(rows, max(self.workers, len(rows) // 64))))
 
     def move(self, device: torch.device) -> None:
         """Takes the images, all of which have been decoded, to a GPU; `images` then gathers there."""
@@ -210,12 +214,14 @@ def choose_place(config: DataConfig, index: SplitIndex, here: World) -> str:
         raise UserError("data.loading=gpu: this run is on the CPU; use data.loading=auto or memory")
     if config.loading != "auto":
         return config.loading
+    if not here.all(num_bytes(index) <= MEMORY_SHARE * free_memory()):
+        return "shards"  # whatever room a GPU has: images are decoded into memory before they go there
     if here.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(here.device)
         sharing = max(1, here.local_size // torch.cuda.device_count())
         if here.all(num_bytes(index) * sharing <= MEMORY_SHARE * free):
             return "gpu"
-    return "memory" if here.all(num_bytes(index) <= MEMORY_SHARE * free_memory()) else "shards"
+    return "memory"
 
 
 def free_memory() -> int:
