@@ -69,6 +69,18 @@ def test_reading_ahead_is_bounded_and_can_be_broken_off(shards: Path) -> None:
     assert asked <= 3 + 4
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_whole_batches_are_pinned_for_a_gpu(shards: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a pinned tensor is none itself. Pinning needs a GPU: only that it is asked for is tested."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=in_memory, workers=2)
+    with read_ahead(dataset, iter([np.arange(9)] * 8), pin=True) as batches:
+        read = list(batches)
+    assert len(read) == len(pinned) == 8
+    assert all(batch is other for batch, other in zip(read, pinned, strict=True))
+
+
 @pytest.mark.parametrize("format", ["png", "raw", "jpg"])
 def test_every_format_is_read(source: Path, shards: Path, tmp_path: Path, format: str) -> None:
     directory = write_shards(source, tmp_path / "out", Preprocessing(32, "stretch", format), workers=2)

@@ -62,8 +62,6 @@ class XrayDataset:
     ) -> None:
         self.index, self.workers = index, workers
         self.device = torch.device("cpu")
-        self.pin = False
-        """Whether images that are read at each use are put where a GPU fetches them by itself."""
         self._reader = ShardReader(index, block)
         self._images: Tensor | None = None
         if in_memory:
@@ -89,7 +87,7 @@ class XrayDataset:
             images = torch.empty(len(rows), 1, self.index.image_size, self.index.image_size, dtype=torch.uint8)
             for place, row in enumerate(rows):
                 images.numpy()[place, 0] = self._reader.read(row)
-            return images.pin_memory() if self.pin else images
+            return images
         self._decode(rows)
         return self._images.index_select(0, torch.from_numpy(rows).to(self.device, non_blocking=True))
 
@@ -127,11 +125,17 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def read_ahead(dataset: ImageSource, slices: Iterator[Rows], depth: int = 4) -> Iterator[Iterator[Tensor]]:
-    """The images of one slice of rows after another, with the next `depth` being read meanwhile, if they must be."""
+def read_ahead(
+    dataset: ImageSource, slices: Iterator[Rows], depth: int = 4, *, pin: bool = False
+) -> Iterator[Iterator[Tensor]]:
+    """The images of one slice of rows after another, with the next `depth` being read meanwhile, if they must be.
+
+    `pin`: those on the CPU are put where a GPU fetches them by itself.
+    """
     pool = ThreadPoolExecutor(dataset.workers)
     try:
-        yield _in_order(pool, dataset, slices, depth)
+        batches = _in_order(pool, dataset, slices, depth)
+        yield (batch.pin_memory() if pin and batch.device.type == "cpu" else batch for batch in batches)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -191,9 +195,7 @@ def open_dataset(config: DataConfig, index: SplitIndex, here: World) -> XrayData
     place = choose_place(config, index, here)
     workers = config.workers or num_cores(here.local_size)
     if place == "shards":
-        dataset = XrayDataset(index, in_memory=False, workers=workers, block=config.shuffle_block)
-        dataset.pin = here.device.type == "cuda"
-        return dataset
+        return XrayDataset(index, in_memory=False, workers=workers, block=config.shuffle_block)
     memory, number, count = shared_zeros(num_bytes(index), here)
     dataset = XrayDataset(index, in_memory=True, workers=workers, block=config.shuffle_block, memory=memory)
     if place == "gpu":

@@ -124,7 +124,7 @@ class Loop(ABC):
         with (
             Progress(self.num_steps * batch_size, "train", done=state.samples_seen, enabled=here.is_main) as bar,
             profiler(self.run.profile if self.config.train.profile and here.is_main else None) as profile,
-            read_ahead(self.train_set, self.slices()) as batches,
+            read_ahead(self.train_set, self.slices(), pin=here.device.type == "cuda") as batches,
         ):
             for images in watch.waiting(batches):
                 epoch = state.samples_seen // len(self.train_set)
