@@ -243,8 +243,9 @@ class Loop(ABC):
 
     def settle(self) -> None:
         """Until metrics and pictures are on the disk: no checkpoint outlives those that come before it."""
-        if self._writing is not None:
-            wait([self._writing[1]])
+        writing = self._writing  # which the loop may clear meanwhile: this runs in the checkpoints' thread
+        if writing is not None:
+            wait([writing[1]])
         self.log.sync()
 
     def finish_pictures(self) -> None:
