@@ -40,12 +40,10 @@ def save_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor,
 
 def save_loss_curves(path: Path, epochs: Sequence[Mapping[str, Any]]) -> None:
     """Total, reconstruction and KL over epochs, train and test, in nats an image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # matplotlib takes a second to import
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     numbers = [record["epoch"] for record in epochs]
     titles = {"loss_nats": "loss", "reconstruction_nats": "reconstruction", "kl_nats": "KL"}
     for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):

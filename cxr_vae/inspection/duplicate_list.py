@@ -137,14 +137,12 @@ def _findings(groups: Sequence[Group], num_images: int, least: float) -> list[Fi
 
 def save_pairs(path: Path, images: Survey, groups: Sequence[Group]) -> None:
     """A picture of up to 12 of the groups, two images of each side by side, in PNG format."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # matplotlib takes a second to import
 
     shown = _to_show(groups)
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.3 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, group in zip(figure.axes, shown, strict=False):
