@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -227,8 +227,3 @@ def _backend(here: World, num_gpus: int) -> str:
     if here.local_rank == 0:
         print(f"{here.local_size} processes share {num_gpus} GPU: one process a GPU is faster", flush=True)
     return "cpu:gloo,cuda:gloo"
-
-
-def even_parts(tensors: Sequence[Tensor], count: int) -> Iterator[tuple[Tensor, ...]]:
-    """Splits tensors of equal length into `count` parts along their first axis, whose sizes differ by one at most."""
-    yield from zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
