@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from scipy.stats import mannwhitneyu
 
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.shards import write_shards
@@ -269,8 +268,8 @@ def test_a_telling_number_has_the_auc_of_mann_and_whitney(planted: tuple[Path, P
     values = np.random.default_rng(2).integers(0, 9, len(images)) + 2 * (images.label == 1)
     label, auc = most_telling(images, values)
     mine = images.label == images.classes.index(label)
-    statistic = mannwhitneyu(values[mine], values[~mine]).statistic
-    assert auc == pytest.approx(statistic / (mine.sum() * (~mine).sum()))
+    differences = values[mine][:, None] - values[~mine]
+    assert auc == pytest.approx(((differences > 0) + 0.5 * (differences == 0)).mean())
 
 
 def test_what_is_no_shards_is_refused(tmp_path: Path) -> None:
