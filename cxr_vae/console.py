@@ -97,6 +97,4 @@ def outlive_full_log_disk() -> None:
 
 def clock(seconds: float) -> str:
     """`0:47`, `12:05`, `3:20:00`."""
-    return (
-        str(tqdm.format_interval(seconds)).removeprefix("0") if seconds < 3600 else str(tqdm.format_interval(seconds))
-    )
+    return str(tqdm.format_interval(seconds)).removeprefix("0")

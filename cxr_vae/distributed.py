@@ -7,9 +7,10 @@ MASTER_ADDR, MASTER_PORT), nothing of any scheduler: whoever starts the processe
 import gc
 import inspect
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,9 @@ TORCHRUN_PATIENCE = timedelta(seconds=15)
 
 ROLL_CALL_S = 3.0
 """How far apart ranks may give up waiting for the same one."""
+
+WAITED = re.compile("timed out|timeout after", re.IGNORECASE)
+"""Of torch's errors where another rank was waited for, in a collective operation or before the first one."""
 
 
 @dataclass(frozen=True)
@@ -183,16 +187,23 @@ def _lost(store: Any, here: World, error: str) -> str:
     """Which ranks are not there, in words, after a collective operation failed with `error`."""
     if store is None:
         return f"the other processes of this job could not be found ({error})"
-    if "imed out" not in error:
+    if not WAITED.search(error):
         return f"another process of this job has ended, and its own message says why ({error.splitlines()[0]})"
     try:
         store.set(f"{here.rank} waits", "")
         time.sleep(ROLL_CALL_S)
         silent = [rank for rank in range(here.size) if not store.check([f"{rank} waits"])]
-        names = ", ".join(store.get(f"name of {rank}").decode() for rank in silent)
+        names = ", ".join(_name(store, rank) for rank in silent)
     except RuntimeError:  # whoever keeps the store, rank 0 or torchrun, is gone
         names = ""
     return f"no sign of {names or 'the other ranks'} for {here.patience.total_seconds():.0f} s, while the others waited"
+
+
+def _name(store: Any, rank: int) -> str:
+    key = f"name of {rank}"
+    if not store.check([key]):  # `get` would wait for it
+        return f"rank {rank} (which never came)"
+    return str(store.get(key).decode())
 
 
 def _torchrun_keeps_store() -> bool:
@@ -216,8 +227,3 @@ def _backend(here: World, num_gpus: int) -> str:
     if here.local_rank == 0:
         print(f"{here.local_size} processes share {num_gpus} GPU: one process a GPU is faster", flush=True)
     return "cpu:gloo,cuda:gloo"
-
-
-def even_parts(tensors: Sequence[Tensor], count: int) -> Iterator[tuple[Tensor, ...]]:
-    """Splits tensors of equal length into `count` parts along their first axis, whose sizes differ by one at most."""
-    yield from zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)

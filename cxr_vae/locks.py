@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import socket
 import sys
@@ -41,7 +42,8 @@ class DirectoryLock:
             if time.monotonic() >= deadline:
                 raise UserError(f"{holder}: wait for it, stop it, or name another directory")
             if not waiting:
-                print(f"{holder}; waiting {wait_s:.0f} s for it to leave", file=sys.stderr, flush=True)
+                limit = f" {wait_s:.0f} s" if math.isfinite(wait_s) else ""
+                print(f"{holder}; waiting{limit} for it to leave", file=sys.stderr, flush=True)
             waiting = True
             time.sleep(0.2)
         self._file.truncate(0)

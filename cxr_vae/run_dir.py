@@ -167,7 +167,10 @@ def environment() -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """Of the checkout this code runs from, with `-dirty` where files in it differ; None without one."""
-    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed, maybe into a venv inside the checkout of something else
+        return None
+    call = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -222,6 +222,21 @@ class TestSavingWhileTrainingGoesOn:
             saving.wait()
         assert list(tmp_path.iterdir()) == []
 
+    def test_where_the_directory_cannot_be_made_training_goes_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "checkpoints"
+        folder.symlink_to(tmp_path / "a disk that is gone" / "checkpoints")
+        saving = checkpoints(folder, "on_failure=continue")
+        state = advance(new_state())
+        saving.save(state)
+        saving.save(advance(state))
+        told = capsys.readouterr().out
+        assert f"{folder / name_of(1)}: this checkpoint can't be written" in told
+        assert "MB are free there); earlier ones are whole, training goes on" in told
+        with pytest.raises(UserError, match="can't be written"):
+            saving.wait()
+
     def test_the_metrics_are_on_the_disk_before_it_is_published(self, tmp_path: Path) -> None:
         seen: list[list[Path]] = []
         saving = checkpoints(tmp_path, before_publishing=lambda: seen.append(published(tmp_path)))

@@ -72,6 +72,7 @@ def test_numbers_are_decimal_as_in_yaml_1_2() -> None:
         ("optimizer.lr=.nan", "should be a finite number"),
         ("data.fit=squash", "should be 'stretch', 'letterbox' or 'crop'"),
         ("data.image_size=100", "divisible by 32"),
+        ("model.name=[conv, residual]", "model.name=['conv', 'residual'] should be 'conv' or 'residual'"),
         ("model.channels=[]", "at least 1 item"),
         ("model.channels=[8, 0]", "positive"),
         ("model.num_blocks=2", "model.num_blocks=2 is no option of model.name=conv, which has model.channels"),

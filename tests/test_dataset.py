@@ -14,7 +14,7 @@ from PIL import Image
 
 from cxr_vae.config import DataConfig
 from cxr_vae.data import reader
-from cxr_vae.data.dataset import XrayDataset, free_memory, num_bytes, open_dataset, open_split, read_ahead
+from cxr_vae.data.dataset import XrayDataset, choose_place, free_memory, num_bytes, open_dataset, open_split, read_ahead
 from cxr_vae.data.images import decode_grey, to_square
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.reader import ShardReader
@@ -67,6 +67,18 @@ def test_reading_ahead_is_bounded_and_can_be_broken_off(shards: Path) -> None:
         for _ in range(3):
             next(batches)
     assert asked <= 3 + 4
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_whole_batches_are_pinned_for_a_gpu(shards: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a pinned tensor is none itself. Pinning needs a GPU: only that it is asked for is tested."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=in_memory, workers=2)
+    with read_ahead(dataset, iter([np.arange(9)] * 8), pin=True) as batches:
+        read = list(batches)
+    assert len(read) == len(pinned) == 8
+    assert all(batch is other for batch, other in zip(read, pinned, strict=True))
 
 
 @pytest.mark.parametrize("format", ["png", "raw", "jpg"])
@@ -122,6 +134,28 @@ def test_what_does_not_fit_is_read_from_the_shards(shards: Path, monkeypatch: py
     monkeypatch.setattr("cxr_vae.data.dataset.free_memory", lambda: 2 * num_bytes(index) - 1)
     assert open_dataset(config, index, ALONE).place == "shards"
     assert open_dataset(config.model_copy(update={"loading": "memory"}), index, ALONE).place == "memory"
+
+
+def test_a_gpu_is_chosen_where_images_fit_it_and_on_their_way_the_memory(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, here = DataConfig(shards=str(shards), image_size=32), World(0, 1, 0, 1, torch.device("cuda", 0))
+    index = open_split(config, "train")
+    enough, less = 2 * num_bytes(index), 2 * num_bytes(index) - 1
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for on_gpu, in_memory, place in ((enough, enough, "gpu"), (less, enough, "memory"), (enough, less, "shards")):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=on_gpu: (free, free))
+        monkeypatch.setattr("cxr_vae.data.dataset.free_memory", lambda free=in_memory: free)
+        assert choose_place(config, index, here) == place
+
+
+def test_decoding_all_copies_none(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the host would hold every image twice before they go to a GPU."""
+    dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=True, workers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(XrayDataset, "images", lambda *_: pytest.fail("images are gathered"))
+        dataset.decode_all(np.arange(70))
+    assert dataset.holds(np.arange(70))
 
 
 def test_free_memory_is_less_than_there_is() -> None:

@@ -139,5 +139,10 @@ class TestMistakes:
     def test_an_option_of_the_training(self, trained: Path) -> None:
         check_sentence(cxr_vae("prior", trained, "latent_dim=3"), "settled by the training run")
 
+    def test_a_loss_that_explodes(self, trained: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(trained, tmp_path / "run")
+        line = check_sentence(cxr_vae("prior", run, "name=flow", "prior.lr=1e30", "warmup_steps=0"), "no finite number")
+        assert "lower prior.lr or use train.precision=fp32; the checkpoints" in line  # options that `prior` takes
+
     def test_a_name_that_is_none(self, trained: Path, tmp_path: Path) -> None:
         check_sentence(cxr_vae("generate", trained, "--prior", "gmn", "--out", tmp_path / "x"), "prior.name", "gmn")

@@ -106,6 +106,14 @@ def test_a_rank_that_stalls_is_named(shards: Path, tmp_path: Path) -> None:
     assert processes_with(f"run_dir={tmp_path / 'run'}") == []
 
 
+def test_a_rank_that_never_comes_is_named(shards: Path, tmp_path: Path) -> None:
+    asleep = with_patch(tmp_path, 'import os, time\nif os.environ.get("RANK") == "1":\n    time.sleep(600)')
+    call = command("cxr-vae", *arguments(shards, tmp_path / "run", "stall_minutes=0.1"), ranks=2)
+    result = subprocess.run(call, env=asleep, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 1
+    assert "no sign of rank 1 (which never came) for 6 s, while the others waited" in result.stderr
+
+
 def test_a_rank_whose_torchrun_was_killed_before_it_looked_gives_up(shards: Path, tmp_path: Path) -> None:
     """Its store is gone then, too."""
     with socket.socket() as probe:

@@ -106,7 +106,7 @@ def test_two_workers_and_a_second_call_give_the_same_bytes(reference: dict[str, 
     kept, *lost = sorted(tmp_path.rglob("*.jpeg"))
     for path in lost[::3]:
         path.unlink()
-    (kept.parent / f".{kept.name}.123.tmp").write_bytes(b"half an image")
+    lost[0].with_name(f".{lost[0].name}.tmp").write_bytes(b"half an image")
     stamp = kept.stat().st_mtime_ns
     write_phantoms(tmp_path, NUM, SEED, workers=1)
     assert contents(tmp_path) == reference
@@ -139,6 +139,21 @@ def test_a_killed_run_is_finished(reference: dict[str, bytes], tmp_path: Path) -
         assert 3 <= len(list(tmp_path.rglob("*.jpeg"))) < NUM
     write_phantoms(tmp_path, NUM, SEED, workers=1)
     assert contents(tmp_path) == reference
+
+
+def test_it_takes_as_many_cores_as_its_launcher_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def pool(workers: int) -> None:
+        asked.append(workers)
+        raise InterruptedError
+
+    monkeypatch.setattr("cxr_vae.phantoms.folder.worker_pool", pool)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("CXR_VAE_CORES", "3")
+    with pytest.raises(InterruptedError):
+        write_phantoms(tmp_path, NUM, SEED)
+    assert asked == [3]
 
 
 def test_ctrl_c_leaves_promptly_and_without_workers(tmp_path: Path) -> None:

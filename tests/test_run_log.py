@@ -1,9 +1,13 @@
 import json
+import subprocess
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from cxr_vae.run_dir import RunDir
+from cxr_vae import run_dir
+from cxr_vae.run_dir import RunDir, git_revision
+from cxr_vae.training.loop import Loop
 from cxr_vae.training.run_log import RunLog, cut_after, read_records
 from cxr_vae.training.stopwatch import Stopwatch
 
@@ -79,3 +83,33 @@ def test_what_a_full_disk_refuses_is_kept_until_it_can_be_written(
     log.sync()
     assert [record["step"] for record in read_records(run.metrics)] == [1, 2, 3, 4]
     log.close()
+
+
+def test_a_save_may_meet_pictures_that_are_just_done(tmp_path: Path) -> None:
+    """A checkpoint's thread waits for those being written, while the loop finds them done and forgets them."""
+
+    done: Future[None] = Future()
+    done.set_result(None)
+    answers = iter([(1, done), None])
+
+    class Forgetting:
+        log = RunLog(RunDir(tmp_path), enabled=False)
+        _writing = property(lambda _: next(answers))
+
+    Loop.settle(Forgetting())
+
+
+def test_the_commit_is_that_of_our_own_checkout_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a project in whose folder we are installed."""
+    project, worktree = tmp_path / "project", tmp_path / "worktree"
+    for call in (
+        ["init", "--quiet", project],
+        ["-C", project, "-c", "user.name=x", "-c", "user.email=x", "commit", "--quiet", "--allow-empty", "-m", "x"],
+        ["-C", project, "worktree", "add", "--quiet", worktree],  # whose .git is a file
+    ):
+        subprocess.run(["git", *map(str, call)], check=True)
+    told = subprocess.run(["git", "-C", project, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    for folder, commit in ((project, told.stdout.strip()), (worktree, told.stdout.strip()), (project / "venv", None)):
+        (folder / "cxr_vae").mkdir(parents=True)
+        monkeypatch.setattr(run_dir, "__file__", str(folder / "cxr_vae" / "run_dir.py"))
+        assert git_revision() == commit

@@ -22,12 +22,13 @@ from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.shards import num_shards, write_shards
 from cxr_vae.data.tars import Entry, Preprocessing, Shard, read_entries
 from cxr_vae.errors import UserError
+from cxr_vae.locks import DirectoryLock
 from tests.helpers import check_sentence, command, cxr_vae, draw_source, environment
 
 
 def same_files(a: Path, b: Path) -> bool:
-    names = sorted(path.name for path in a.iterdir())
-    assert names == sorted(path.name for path in b.iterdir())
+    names, others = (sorted(path.name for path in folder.iterdir() if path.name != ".lock") for folder in (a, b))
+    assert names == others
     return filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
 
@@ -109,6 +110,24 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) ->
     arguments[2] = tmp_path / "whole"
     assert cxr_vae(*arguments).returncode == 0
     assert same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_at_once_take_turns_and_the_second_finds_them_finished(tmp_path: Path) -> None:
+    draw_source(tmp_path / "source", {"train": (60, 60), "test": (20, 20)})
+    both = tmp_path / "both"
+    lock = DirectoryLock(both, wait_s=0)  # until both stand at the door
+    call = command("cxr-vae", "shard", tmp_path / "source", both, "--image-size", 224, "--workers", 1)
+    processes = [subprocess.Popen(call, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        told = process.stderr.readline()
+        assert told.startswith(f"{both} is in use by process {os.getpid()} on "), told
+        assert told.endswith("; waiting for it to leave\n")
+    lock.release()
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    whole = write_shards(tmp_path / "source", tmp_path / "whole", Preprocessing(224), workers=1)
+    assert len(whole.split("train")) == 120
+    assert same_files(both, tmp_path / "whole")
 
 
 def test_finished_shards_are_left_alone(source: Path, shards: Path) -> None:

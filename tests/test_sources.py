@@ -8,19 +8,20 @@ from tests.helpers import draw_source
 
 
 @pytest.mark.parametrize(
-    ("stem", "patient"),
+    ("name", "patient"),
     [
-        ("person123_bacteria_4", "person123_bacteria"),
-        ("person123_virus_4", "person123_virus"),
-        ("person1372_virus_2365_2", "person1372_virus"),
-        ("IM-0115-0001", "IM-0115"),
-        ("IM-0500-0001-0002", "IM-0500"),
-        ("NORMAL2-IM-0115-0001", "NORMAL2-IM-0115"),
-        ("scan 17.left", "scan 17.left"),
+        ("person123_bacteria_4.jpeg", "person123_bacteria"),
+        ("person123_virus_4.jpeg", "person123_virus"),
+        ("person1372_virus_2365_2.jpeg", "person1372_virus"),
+        ("IM-0115-0001.jpeg", "IM-0115"),
+        ("IM-0500-0001-0002.jpeg", "IM-0500"),
+        ("NORMAL2-IM-0115-0001.jpeg", "NORMAL2-IM-0115"),
+        ("scan 17.left.png", "train/NORMAL/scan 17.left"),
+        ("0001.png", "train/NORMAL/0001"),
     ],
 )
-def test_patient_of(stem: str, patient: str) -> None:
-    assert patient_of(stem) == patient
+def test_patient_of(name: str, patient: str) -> None:
+    assert patient_of(f"train/NORMAL/{name}") == patient
 
 
 def test_keys_are_plain_unique_and_independent_of_one_another() -> None:

@@ -106,6 +106,17 @@ def test_keep_test_leaves_it_as_it_is_and_its_patients_out_of_the_rest() -> None
     assert counts["val"] == pytest.approx((counts["train"] + counts["val"]) / 9, abs=2)
 
 
+def test_equal_names_in_several_folders_are_several_people() -> None:
+    """As in data sets that number each class from 1; taken for one person, most of them would be left out."""
+    paths = [f"{split}/{label}/{n:04d}.png" for split in ("test", "train") for label in "AB" for n in range(20)]
+    images = tuple(SourceImage(path, *path.split("/")[:2], 1) for path in paths)
+    layout = Layout(Path("none"), ("test", "train"), ("A", "B"), images, ())
+    division = divide(layout, FRACTIONS, 0, keep_test=True)
+    assert len(division.images) == 80
+    assert division.left_out == {}
+    assert len({image.patient for image in division.images}) == 80
+
+
 def test_of_equal_files_one_is_kept_and_none_of_two_classes(tmp_path: Path) -> None:
     draw_source(tmp_path, {"train": (20, 20), "test": (20, 20)})
     folder = tmp_path / "train" / "NORMAL"

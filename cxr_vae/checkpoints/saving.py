@@ -179,7 +179,8 @@ class Checkpoints:
         if failure is None:
             return
         self.newest_step = None
-        free = f"{shutil.disk_usage(self.directory).free / 1e6:.1f} MB are free there"
+        # Not of the directory itself, which may be what could not be made.
+        free = f"{shutil.disk_usage(self.directory.parent).free / 1e6:.1f} MB are free there"
         path = self.directory / name_of(step or 0)
         sentence = f"{path}: this checkpoint can't be written ({failure}; {free}); earlier ones are whole"
         if otherwise is None:

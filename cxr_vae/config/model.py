@@ -38,7 +38,7 @@ class ModelConfig(Section):
     def _options_of_the_architecture(cls, options: Any) -> Any:
         """Fills in what isn't given; ValueError for an option that the architecture would not look at."""
         name = options.get("name", "conv") if isinstance(options, dict) else None
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             return options  # for pydantic to refuse
         has = ARCHITECTURES[name]
         others = {option for defaults in ARCHITECTURES.values() for option in defaults} - set(has)

@@ -62,8 +62,6 @@ class XrayDataset:
     ) -> None:
         self.index, self.workers = index, workers
         self.device = torch.device("cpu")
-        self.pin = False
-        """Whether images that are read at each use are put where a GPU fetches them by itself."""
         self._reader = ShardReader(index, block)
         self._images: Tensor | None = None
         if in_memory:
@@ -89,11 +87,15 @@ class XrayDataset:
             images = torch.empty(len(rows), 1, self.index.image_size, self.index.image_size, dtype=torch.uint8)
             for place, row in enumerate(rows):
                 images.numpy()[place, 0] = self._reader.read(row)
-            return images.pin_memory() if self.pin else images
+            return images
+        self._decode(rows)
+        return self._images.index_select(0, torch.from_numpy(rows).to(self.device, non_blocking=True))
+
+    def _decode(self, rows: Rows) -> None:
+        assert self._images is not None
         for row in rows[self._here[rows] == 0]:
             self._images.numpy()[row, 0] = self._reader.read(row)
             self._here[row] = 1
-        return self._images.index_select(0, torch.from_numpy(rows).to(self.device, non_blocking=True))
 
     def labels(self, rows: Sequence[int] | Rows, device: torch.device) -> Tensor:
         """(n,) int64 classes of these rows."""
@@ -105,9 +107,9 @@ class XrayDataset:
         return self._images is not None and bool(self._here[rows].all())
 
     def decode_all(self, rows: Rows) -> None:
-        """Reads what `images` would read of these rows, in parallel."""
+        """Reads what is to be kept of these rows, in parallel."""
         with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(self.images, np.array_split(rows, max(self.workers, len(rows) // 64))))
+            list(pool.map(self._decode, np.array_split(rows, max(self.workers, len(rows) // 64))))
 
     def move(self, device: torch.device) -> None:
         """Takes the images, all of which have been decoded, to a GPU; `images` then gathers there."""
@@ -123,11 +125,17 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def read_ahead(dataset: ImageSource, slices: Iterator[Rows], depth: int = 4) -> Iterator[Iterator[Tensor]]:
-    """The images of one slice of rows after another, with the next `depth` being read meanwhile, if they must be."""
+def read_ahead(
+    dataset: ImageSource, slices: Iterator[Rows], depth: int = 4, *, pin: bool = False
+) -> Iterator[Iterator[Tensor]]:
+    """The images of one slice of rows after another, with the next `depth` being read meanwhile, if they must be.
+
+    `pin`: those on the CPU are put where a GPU fetches them by itself.
+    """
     pool = ThreadPoolExecutor(dataset.workers)
     try:
-        yield _in_order(pool, dataset, slices, depth)
+        batches = _in_order(pool, dataset, slices, depth)
+        yield (batch.pin_memory() if pin and batch.device.type == "cpu" else batch for batch in batches)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -187,9 +195,7 @@ def open_dataset(config: DataConfig, index: SplitIndex, here: World) -> XrayData
     place = choose_place(config, index, here)
     workers = config.workers or num_cores(here.local_size)
     if place == "shards":
-        dataset = XrayDataset(index, in_memory=False, workers=workers, block=config.shuffle_block)
-        dataset.pin = here.device.type == "cuda"
-        return dataset
+        return XrayDataset(index, in_memory=False, workers=workers, block=config.shuffle_block)
     memory, number, count = shared_zeros(num_bytes(index), here)
     dataset = XrayDataset(index, in_memory=True, workers=workers, block=config.shuffle_block, memory=memory)
     if place == "gpu":
@@ -210,12 +216,14 @@ def choose_place(config: DataConfig, index: SplitIndex, here: World) -> str:
         raise UserError("data.loading=gpu: this run is on the CPU; use data.loading=auto or memory")
     if config.loading != "auto":
         return config.loading
+    if not here.all(num_bytes(index) <= MEMORY_SHARE * free_memory()):
+        return "shards"  # whatever room a GPU has: images are decoded into memory before they go there
     if here.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(here.device)
         sharing = max(1, here.local_size // torch.cuda.device_count())
         if here.all(num_bytes(index) * sharing <= MEMORY_SHARE * free):
             return "gpu"
-    return "memory" if here.all(num_bytes(index) <= MEMORY_SHARE * free_memory()) else "shards"
+    return "memory"
 
 
 def free_memory() -> int:

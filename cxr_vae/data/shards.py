@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -28,6 +29,7 @@ from cxr_vae.data.split_file import NOT_LISTED, SplitFile, apply_split, read_spl
 from cxr_vae.data.tars import PARTS, Entry, Preprocessing, Shard, read_part, write_tar
 from cxr_vae.errors import UserError
 from cxr_vae.files import read_json, sha256_of, sync_directory, write_atomically, write_json
+from cxr_vae.locks import LOCK, DirectoryLock
 from cxr_vae.workers import num_cores, worker_pool
 
 MIN_SHARDS = 64  # so that ranks and loader workers get equal shares ...
@@ -50,6 +52,8 @@ def write_shards(
 
     The splits are those of `split_file`, if there is one, else the source's folders.
 
+    Processes that are asked for the same folder take turns; the later ones find it finished.
+
     Images that can't be read are listed in `rejected.csv`; where they are more than the share `max_rejected` of all,
     the job stops with UserError. `workers` processes (all cores by default) give the same bytes as one.
     """
@@ -58,24 +62,17 @@ def write_shards(
     if divided:
         layout = apply_split(layout, divided)
     fingerprint = _fingerprint(layout, preprocessing, divided)
-    if _claim(out, fingerprint):
-        return ShardDirectory.open(out)
-    shards = _plan(layout, out, preprocessing)
-    allowed = int(max_rejected * len(layout.images))
-    try:
-        rejected = _write_all(shards, allowed, workers or num_cores(), len(layout.images))
-    except BrokenProcessPool:
-        raise UserError(
-            f"{out}: a worker process was killed, probably for want of memory; run the same command again with fewer "
-            "--workers, it goes on where it was"
-        ) from None
-    _write_rejected(out / REJECTED, rejected, layout.ignored)
-    if len(rejected) > allowed:
-        raise UserError(
-            f"{len(rejected)} of {len(layout.images)} images can't be read, more than the {max_rejected:.3g} allowed: "
-            f"see {out / REJECTED}; mend or remove them, or allow more with --max-rejected"
-        )
-    _finish(shards, layout, preprocessing, fingerprint, len(rejected), divided)
+    if not _is_finished(out, fingerprint):
+        _refuse_foreign(out)
+        lock = DirectoryLock(out, wait_s=math.inf)  # what another process is making there is most likely this
+        try:
+            if not _is_finished(out, fingerprint):
+                _claim(out, fingerprint)
+                shards = _plan(layout, out, preprocessing)
+                num_rejected = _write_all(shards, layout, max_rejected, workers or num_cores())
+                _finish(shards, layout, preprocessing, fingerprint, num_rejected, divided)
+        finally:
+            lock.release()
     return ShardDirectory.open(out)
 
 
@@ -118,40 +115,63 @@ def _fingerprint(layout: Layout, preprocessing: Preprocessing, divided: SplitFil
     return digest.hexdigest()
 
 
-def _claim(out: Path, fingerprint: str) -> bool:
-    """Makes `out` ours. Returns whether it is finished already; UserError if it is anything else than ours."""
-    plan = out / PARTS / "plan.json"
+def _is_finished(out: Path, fingerprint: str) -> bool:
+    """Whether `out` holds these very shards, whole; UserError if it is finished otherwise."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a new or empty folder for the shards")
-    if (out / MANIFEST).exists():
-        made_from = ShardDirectory.open(out).manifest["fingerprint"]
-        if made_from != fingerprint:
-            raise UserError(
-                f"{out} holds shards of another source or with other options; name another folder or delete it"
-            )
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-        finished = ShardDirectory.open(out)
-        for split in finished.manifest["splits"]:
-            finished.split(split)  # whole, or an error that says what is not
-        return True
-    if not plan.parent.is_dir():
-        foreign = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        if foreign:
-            raise UserError(f"{out} holds something else ({foreign[0]}); name a new or empty folder for the shards")
-        plan.parent.mkdir(parents=True)
+    if not (out / MANIFEST).exists():
+        return False
+    finished = ShardDirectory.open(out)
+    if finished.manifest["fingerprint"] != fingerprint:
+        raise UserError(f"{out} holds shards of another source or with other options; name another folder or delete it")
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    for split in finished.manifest["splits"]:
+        finished.split(split)  # whole, or an error that says what is not
+    return True
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises UserError if `out` holds anything that no sharding began, nor another process has just finished."""
+    foreign = sorted({path.name for path in out.iterdir()} - {LOCK}) if out.exists() else []
+    if foreign and not (out / PARTS).is_dir() and not (out / MANIFEST).exists():
+        raise UserError(f"{out} holds something else ({foreign[0]}); name a new or empty folder for the shards")
+
+
+def _claim(out: Path, fingerprint: str) -> None:
+    """Makes `out` that of these shards: what is there of others, unfinished, is of a source that has changed since."""
+    plan = out / PARTS / "plan.json"
+    plan.parent.mkdir(exist_ok=True)
     if not plan.is_file() or read_json(plan, hint=f"delete {out}") != fingerprint:
-        # Unfinished, of a source that has changed since: ours to begin anew.
         for path in [*plan.parent.iterdir(), *out.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*")]:
             path.unlink()
         write_json(plan, fingerprint)
-    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # the work
 
 
-def _write_all(shards: list[Shard], allowed: int, workers: int, num_images: int) -> list[tuple[str, str]]:
+def _write_all(shards: list[Shard], layout: Layout, max_rejected: float, workers: int) -> int:
+    """Writes the tars that are missing and `rejected.csv`; returns how many images were left out."""
+    out, num_images = Path(shards[0].out), len(layout.images)
+    allowed = int(max_rejected * num_images)
+    try:
+        rejected = _write_missing(shards, allowed, workers, num_images)
+    except BrokenProcessPool:
+        raise UserError(
+            f"{out}: a worker process was killed, probably for want of memory; run the same command again with fewer "
+            "--workers, it goes on where it was"
+        ) from None
+    _write_rejected(out / REJECTED, rejected, layout.ignored)
+    if len(rejected) > allowed:
+        raise UserError(
+            f"{len(rejected)} of {num_images} images can't be read, more than the {max_rejected:.3g} allowed: "
+            f"see {out / REJECTED}; mend or remove them, or allow more with --max-rejected"
+        )
+    return len(rejected)
+
+
+def _write_missing(shards: list[Shard], allowed: int, workers: int, num_images: int) -> list[tuple[str, str]]:
     """Writes the tars that are missing; returns (path, reason) of the images left out, stopping past `allowed`."""
     rejected: list[tuple[str, str]] = []
     missing = []
@@ -228,4 +248,4 @@ def _finish(
     }
     write_json(out / MANIFEST, manifest)
     sync_directory(out)
-    shutil.rmtree(out / PARTS)
+    shutil.rmtree(out / PARTS, ignore_errors=True)  # another process that finds it finished does so, too

@@ -30,7 +30,7 @@ class SourceImage:
     @property
     def patient(self) -> str:
         """The patient's key."""
-        return self.known_patient or patient_of(Path(self.path).stem)
+        return self.known_patient or patient_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,15 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def patient_of(stem: str) -> str:
-    """The patient an image file belongs to, from its name without the suffix.
+def patient_of(path: str) -> str:
+    """The patient an image file belongs to, from its name.
 
     In Kaggle's set `person12_bacteria_3` and `person12_virus_9` are, very probably, two people: the two series are
-    numbered independently. Normal images carry `IM-0115-…` or `NORMAL2-IM-0115-…`, again two series. Any other name
-    is its own patient.
+    numbered independently. Normal images carry `IM-0115-…` or `NORMAL2-IM-0115-…`, again two series. Any other file
+    is a patient of its own, whose key is the path without suffix: `0001.png` of two folders are two people.
     """
-    match = re.match(r"(person\d+_(?:bacteria|virus))_\d+|((?:NORMAL2-)?IM-\d+)-\d+", stem)
-    return (match.group(1) or match.group(2)) if match else stem
+    match = re.match(r"(person\d+_(?:bacteria|virus))_\d+|((?:NORMAL2-)?IM-\d+)-\d+", Path(path).stem)
+    return (match.group(1) or match.group(2)) if match else str(Path(path).with_suffix(""))
 
 
 def keys_of(images: Iterable[SourceImage]) -> list[str]:

@@ -102,9 +102,8 @@ def patients(images: Survey) -> Part:
     places: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for patient, split in zip(images.patient.tolist(), images.split, strict=True):
         places[patient][images.splits[split]] += 1
-    if all(patient_of(Path(source).stem) == Path(source).stem for source in images.source) and len(places) == len(
-        images
-    ):
+    unnamed = all(patient_of(source) == str(Path(source).with_suffix("")) for source in images.source)
+    if unnamed and len(places) == len(images):
         text = "no file name says who the patient is, so each image counts as a patient of its own"
         return Part(findings=[Finding("note", text)], facts={"patients_across_splits": {}})
     shared = {patient: dict(found) for patient, found in sorted(places.items()) if len(found) > 1}
@@ -162,15 +161,14 @@ def sizes(images: Survey, fit: str) -> Part:
 
 def most_telling(images: Survey, values: npt.NDArray[Any]) -> tuple[str, float]:
     """The class that `values` (N,) tell best from the rest, and the area under the ROC curve (0.5: not at all)."""
-    from scipy.stats import rankdata  # takes a while to import
+    from scipy.stats import mannwhitneyu  # takes a while to import
 
     best = ("any class", 0.5)
-    ranks = rankdata(values)
     for number, label in enumerate(images.classes):
         mine = images.label == number
-        num_mine, num_rest = int(mine.sum()), int((~mine).sum())
-        if num_mine and num_rest:
-            auc = float((ranks[mine].sum() - num_mine * (num_mine + 1) / 2) / (num_mine * num_rest))
+        if mine.any() and not mine.all():
+            pairs_won = mannwhitneyu(values[mine], values[~mine], method="asymptotic").statistic
+            auc = float(pairs_won / (mine.sum() * (~mine).sum()))
             best = max(best, (label, auc), key=lambda found: abs(found[1] - 0.5))
     return best
 

@@ -1,4 +1,8 @@
-"""The networks by name. To add one: write its module, add its class here and its options to `config.ARCHITECTURES`."""
+"""The networks by name.
+
+To add one: write its module, add its class here, its name to `ModelConfig.name` and its options to
+`config.model.ARCHITECTURES`.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What differs from one phantom to the next: the child, how it lies, the exposure; in the chest units of `phantom`."""
+"""What differs from one phantom to the next: the child, how it lies, the exposure; in the chest units of `drawing`."""
 
 from __future__ import annotations
 

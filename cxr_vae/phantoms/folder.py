@@ -1,7 +1,6 @@
 """A folder of phantoms in the layout of Kaggle's chest-xray-pneumonia: `cxr-vae phantom`."""
 
 import json
-import os
 from collections import Counter
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -12,7 +11,7 @@ from cxr_vae.console import Progress
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
 from cxr_vae.phantoms.drawing import VERSION, draw_phantom
-from cxr_vae.workers import worker_pool
+from cxr_vae.workers import num_cores, worker_pool
 
 MARKER = ".phantoms.json"
 MIN_NUM, MAX_NUM, MAX_SEED = 12, 100_000, 2**32 - 1
@@ -65,7 +64,7 @@ def _claim(out: Path, asked: str) -> None:
 
 def _write_phantom(path: Path, pneumonia: bool, seed: int, index: int) -> None:
     """Draw one image and put it in its place, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.tmp")  # that of a killed run is written over
     draw_phantom(np.random.default_rng([seed, index]), pneumonia=pneumonia).save(draft, "JPEG", quality=90)
     draft.replace(path)
 
@@ -89,18 +88,14 @@ def write_phantoms(out: Path, num: int, seed: int = 0, *, workers: int | None = 
     out = Path(out)
     _claim(out, json.dumps({"num": num, "seed": seed, "version": VERSION}))
     files = _plan(num, seed)
-    names = {Path(file).name for file, _ in files}
     counts: dict[str, dict[str, int]] = {}
     for folder, number in Counter(Path(file).parent for file, _ in files).items():
         counts.setdefault(folder.parent.name, {})[folder.name] = number
         (out / folder).mkdir(parents=True, exist_ok=True)
-        for draft in (out / folder).glob(".*.jpeg.*.tmp"):  # of a killed run
-            if draft.name[1:].rsplit(".", 2)[0] in names:
-                draft.unlink(missing_ok=True)
     todo = [(out / file, ill, seed, i) for i, (file, ill) in enumerate(files) if not (out / file).exists()]
     with (
         Progress(num, "phantoms", done=num - len(todo)) as progress,
-        worker_pool(min(workers or len(os.sched_getaffinity(0)), len(todo) or 1)) as pool,
+        worker_pool(min(workers or num_cores(), len(todo) or 1)) as pool,
     ):
         for done in as_completed([pool.submit(_write_phantom, *job) for job in todo]):
             done.result()

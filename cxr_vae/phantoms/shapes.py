@@ -1,4 +1,4 @@
-"""Shapes that phantoms are drawn with: fields over the picture, in the chest units of `phantom`."""
+"""Shapes that phantoms are drawn with: fields over the picture, in the chest units of `drawing`."""
 
 from __future__ import annotations
 

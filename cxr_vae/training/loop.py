@@ -40,6 +40,9 @@ PLACES = {"gpu": "on the GPU", "memory": "in memory", "shards": "read from the s
 class Loop(ABC):
     """One attempt at a run: from wherever it was to the end or to a signal."""
 
+    remedies = "lower optimizer.lr, use train.precision=fp32, or raise train.skip_nonfinite to leave such steps out"
+    """Where a loss is no finite number, in options of the command that began this."""
+
     def __init__(self, config: Config, run: RunDir, here: World) -> None:
         """Takes the run directory, opens the data, builds the network and loads the newest checkpoint."""
         check_batch(config, here.size)
@@ -124,7 +127,7 @@ class Loop(ABC):
         with (
             Progress(self.num_steps * batch_size, "train", done=state.samples_seen, enabled=here.is_main) as bar,
             profiler(self.run.profile if self.config.train.profile and here.is_main else None) as profile,
-            read_ahead(self.train_set, self.slices()) as batches,
+            read_ahead(self.train_set, self.slices(), pin=here.device.type == "cuda") as batches,
         ):
             for images in watch.waiting(batches):
                 epoch = state.samples_seen // len(self.train_set)
@@ -190,10 +193,7 @@ class Loop(ABC):
             if self.here.is_main:
                 print(f"warning: {what}; skipped, {state.num_skipped} of {options.skip_nonfinite}", flush=True)
             return
-        sentence = (
-            f"{what}: lower optimizer.lr, use train.precision=fp32, or let train.skip_nonfinite={state.num_skipped} "
-            f"steps be skipped; the checkpoints before it are whole, {self.run.metrics} lists the images"
-        )
+        sentence = f"{what}: {self.remedies}; the checkpoints before it are whole, {self.run.metrics} lists the images"
         try:
             self.checkpoints.wait()
         except UserError as failure:
@@ -243,8 +243,9 @@ class Loop(ABC):
 
     def settle(self) -> None:
         """Until metrics and pictures are on the disk: no checkpoint outlives those that come before it."""
-        if self._writing is not None:
-            wait([self._writing[1]])
+        writing = self._writing  # which the loop may clear meanwhile: this runs in the checkpoints' thread
+        if writing is not None:
+            wait([writing[1]])
         self.log.sync()
 
     def finish_pictures(self) -> None:

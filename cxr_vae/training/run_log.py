@@ -179,7 +179,7 @@ class RunLog:
                     self._board.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Puts what is left of `metrics.jsonl` on the disk, or raises OSError, and closes TensorBoard's file."""
         if self.enabled:
             self._metrics.sync()
             if self._board is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cxr_vae.checkpoints.state import TrainState
 from cxr_vae.config import Config
-from cxr_vae.distributed import World, even_parts, gradients_stay_local
+from cxr_vae.distributed import World, gradients_stay_local
 from cxr_vae.training.capture import Replayed
 from cxr_vae.training.guard import Outcome, gradient_norm
 from cxr_vae.training.schedules import ema_share
@@ -101,7 +101,7 @@ class Step(ABC):
         self.state.model.train()
         sums = torch.zeros(self.num_terms, dtype=torch.float64, device=here.device)
         finite = []
-        parts = list(even_parts(batch, config.train.accumulate))
+        parts = list(zip(*(tensor.tensor_split(config.train.accumulate) for tensor in batch), strict=True))
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             with nullcontext() if last else gradients_stay_local(self.model):
