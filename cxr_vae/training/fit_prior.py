@@ -138,6 +138,4 @@ def fit_by_gradient(
     training = training_config(config, folder)
     if here.is_main:
         folder.check(training)
-    loop = PriorTraining(training, folder, here, prior, model, sets, request, run)
-    loop.remedies = "lower prior.lr or use train.precision=fp32"
-    return loop.run_to_end(stop)
+    return PriorTraining(training, folder, here, prior, model, sets, request, run).run_to_end(stop)

@@ -47,6 +47,7 @@ class PriorStep(Step):
 class PriorTraining(Loop):
     """One attempt at the training of a prior, in a directory of its own below the run's."""
 
+    remedies = "lower prior.lr or use train.precision=fp32"
     train_set: LatentSet
     test_set: LatentSet
 
