@@ -45,7 +45,6 @@ class Queued:
     reason: str
     left_s: float | None
     """Until its time limit; None: no limit, or not known."""
-    nodes: str
 
     @property
     def may_wait_for_ever(self) -> bool:
@@ -69,11 +68,11 @@ def controller_answers(timeout: float = ANSWER_S) -> bool:
 
 def queue() -> dict[str, Queued] | None:
     """All my jobs in the queue by job id, elements of arrays as `12_3`; None where the controller doesn't answer."""
-    answer = ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%L|%N")
+    answer = ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%L")
     if answer is None:
         return None
-    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 4]
-    return {job: Queued(state, reason, seconds(left), nodes) for job, state, reason, left, nodes in rows}
+    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 3]
+    return {job: Queued(state, reason, seconds(left)) for job, state, reason, left in rows}
 
 
 def accounting(jobs: list[str]) -> dict[str, str] | None:
