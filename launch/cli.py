@@ -14,7 +14,7 @@ from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
 from launch.logs import show
 from launch.records import Record, records_of
-from launch.status import OVER, as_json, look, runs_below, status_of, statuses, table
+from launch.status import OVER, SeldomLook, as_json, look, runs_below, status_of, statuses, table
 
 STAGES = {
     "shard": "Shards the folder of X-rays that a configuration names.",
@@ -132,10 +132,10 @@ def _add_logs(commands: Any) -> None:
 
 def logs(arguments: argparse.Namespace) -> int:
     """`cxr-launch logs`."""
-    run_dir = runs_below([arguments.run])[0]
+    run_dir, seldom = runs_below([arguments.run])[0], SeldomLook()
 
     def is_over() -> bool:
-        return all(one.state in OVER for one in statuses([run_dir]))
+        return all(one.state in OVER for one in statuses([run_dir], seldom))
 
     for line in show(run_dir, arguments.stage, follow=arguments.follow, is_over=is_over):
         print(line, flush=True)

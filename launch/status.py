@@ -4,8 +4,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", 
 
 OVER = ("done", "failed", "cancelled", "stopped", "vanished")
 """States from which nothing more comes by itself."""
+
+ASK_EVERY_S = 15.0
+"""How often Slurm is asked by one who watches: its controller has all users to answer."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,34 @@ class Views:
 
 
 def look(records: Sequence[Record]) -> Views:
-    """Asks squeue and sacct once, and neither where no job of theirs is looked at."""
-    jobs = [record.job for record in records if record.facts().get("cluster") == "slurm"]
+    """Asks squeue for the jobs that may go on, and sacct for those of them that squeue doesn't list."""
+    jobs = in_slurm(records)
     if not jobs:
         return Views({}, {})
-    return Views(slurm_commands.queue(), slurm_commands.accounting(jobs))
+    queue = slurm_commands.queue()
+    gone = [job for job in jobs if queue is not None and job not in queue]
+    return Views(queue, slurm_commands.accounting(gone) if gone else {})
+
+
+def in_slurm(records: Sequence[Record]) -> list[str]:
+    """The jobs that Slurm knows more of than the files, which say when one has ended."""
+    return [record.job for record in records if not record.end_of_job and record.facts().get("cluster") == "slurm"]
+
+
+@dataclass
+class SeldomLook:
+    """`look` for one who watches: asks Slurm only where the jobs are others than before, or after a while."""
+
+    _jobs: list[str] = field(default_factory=list)
+    _views: Views = Views({}, {})
+    _asked: float = 0.0
+
+    def __call__(self, records: Sequence[Record]) -> Views:
+        """As it is, or was at the last time."""
+        jobs = in_slurm(records)
+        if jobs != self._jobs or time.monotonic() - self._asked > ASK_EVERY_S:
+            self._jobs, self._views, self._asked = jobs, look(records), time.monotonic()
+        return self._views
 
 
 def runs_below(paths: Sequence[Path]) -> list[RunDir]:
@@ -81,7 +107,7 @@ def is_run(path: Path) -> bool:
     return run.config.is_file() or any(True for _ in records_of(run.jobs))
 
 
-def statuses(runs: Sequence[RunDir]) -> list[Status]:
+def statuses(runs: Sequence[RunDir], look: Callable[[Sequence[Record]], Views] = look) -> list[Status]:
     """A status for each job of each run, of several of one stage the last; a run without jobs has its heartbeat."""
     records = {run: newest_of_each_stage(run) for run in runs}
     views = look([record for of_run in records.values() for record in of_run])
@@ -109,12 +135,11 @@ def status_of(run: RunDir, record: Record, views: Views) -> Status:
 
 def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
     """The state of a job and why, from the best witness there is."""
-    last = record.attempts[-1] if record.attempts else None
-    ended = last is not None and last.next == "end"
-    if last is not None and ended and last.outcome == "done":
+    last, end = record.attempts[-1] if record.attempts else None, record.end_of_job
+    if end is not None and end.outcome == "done":
         return "done", ""
-    if last is not None and ended:
-        return (last.outcome if last.outcome in ("stopped", "cancelled") else "failed"), last.why
+    if end is not None:
+        return (end.outcome if end.outcome in ("stopped", "cancelled") else "failed"), end.why
     if record.cancelled:
         return ("cancelling", "told to leave") if is_there(record, views) else ("cancelled", "")
     before = why_before(record)

@@ -1,0 +1,86 @@
+"""How jobs stand, with a squeue and a sacct that say what a test lets them: `status` and `logs`."""
+
+import getpass
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cxr_vae.run_dir import RunDir
+from launch.cli import main
+from launch.records import Record
+from launch.status import look, statuses
+
+
+class FakeSlurm:
+    """Commands on the PATH that print the lines of a file, and note how they were called."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        folder.mkdir()
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        for name in ("squeue", "sacct"):
+            self.says(name)
+            (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {folder}/calls\ncat {folder}/{name}.says\n')
+            (folder / name).chmod(0o755)
+
+    def says(self, name: str, *lines: str) -> None:
+        (self.folder / f"{name}.says").write_text("".join(f"{line}\n" for line in lines))
+
+    def calls(self, name: str) -> list[str]:
+        calls = self.folder / "calls"
+        return [line for line in calls.read_text().splitlines() if line.startswith(name)] if calls.exists() else []
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "bin", monkeypatch)
+
+
+def queued(run: Path, job: str, stage: str = "train", **facts: str) -> Record:
+    """A job that was submitted to Slurm."""
+    record = Record(run / "jobs" / f"{stage}-{job}-abc123")
+    record.submitted({"cluster": "slurm", "user": getpass.getuser()} | facts)
+    return record
+
+
+def state(run: Path) -> str:
+    (status,) = statuses([RunDir(run)])
+    return status.state
+
+
+def test_slurm_is_asked_for_no_job_whose_files_say_that_it_has_ended(slurm: FakeSlurm, tmp_path: Path) -> None:
+    done = queued(tmp_path / "run", "7")
+    done.begin("node1", 0, 0)
+    done.end("done", "", 5, "end")
+    assert state(tmp_path / "run") == "done"
+    assert slurm.calls("s") == []
+    slurm.says("squeue", "8|RUNNING|None|1:00")
+    look([done, queued(tmp_path / "run", "8")])
+    assert (len(slurm.calls("squeue")), slurm.calls("sacct")) == (1, [])
+    look([done, queued(tmp_path / "run", "8"), queued(tmp_path / "run", "9", "evaluate")])
+    (asked,) = slurm.calls("sacct")
+    assert asked.endswith("--jobs=9")
+
+
+def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = queued(tmp_path / "run", "7")
+    record.begin("node1", 0, 0)
+    slurm.says("squeue", "7|RUNNING|None|1:00")
+    (tmp_path / "run/logs").mkdir()
+    log = tmp_path / "run/logs/run-train-job.log"
+    log.write_text("a line\n")
+    follower = threading.Thread(target=main, args=(["logs", str(tmp_path / "run"), "--follow"],))
+    follower.start()
+    time.sleep(2)
+    assert follower.is_alive()
+    log.write_text("a line\nthe last\n")
+    record.end("done", "", 5, "end")
+    follower.join(5)
+    assert not follower.is_alive()
+    assert "the last" in capsys.readouterr().out
+    assert len(slurm.calls("squeue")) == 1
