@@ -1,9 +1,11 @@
 """Talking to Slurm through its own commands. That Slurm doesn't answer is an answer here, not an error."""
 
+import getpass
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 ANSWER_S = 20.0
@@ -11,8 +13,6 @@ ANSWER_S = 20.0
 
 REQUEUE_FOR_S = 900.0
 """How long a requeue is tried: a controller may be restarted meanwhile."""
-
-ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 NEVER = (
     "AccountNotAllowed",
@@ -66,9 +66,11 @@ def controller_answers(timeout: float = ANSWER_S) -> bool:
     return shutil.which("sbatch") is not None and ask("sinfo", "--noheader", timeout=timeout) is not None
 
 
-def queue() -> dict[str, Queued] | None:
-    """All my jobs in the queue by job id, elements of arrays as `12_3`; None where the controller doesn't answer."""
-    answer = ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%L")
+def queue(users: Collection[str] = ()) -> dict[str, Queued] | None:
+    """My jobs and those of `users` in the queue by job id, of arrays as `12_3`; None where the controller is silent."""
+    others = set(users) - {getpass.getuser()} if users else set()
+    whose = f"--user={','.join([str(os.getuid()), *sorted(others)])}" if others else "--me"
+    answer = ask("squeue", whose, "--noheader", "--array", "--format=%i|%T|%r|%L")
     if answer is None:
         return None
     rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 3]
@@ -77,7 +79,7 @@ def queue() -> dict[str, Queued] | None:
 
 def accounting(jobs: list[str]) -> dict[str, str] | None:
     """What sacct says of jobs, as `NODE_FAIL`; None where there is no accounting or it doesn't answer."""
-    columns = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State")
+    columns = ("--allusers", "--noheader", "--parsable2", "--allocations", "--format=JobID,State")
     answer = ask("sacct", *columns, f"--jobs={','.join(jobs)}")
     if answer is None:
         return None

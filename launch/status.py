@@ -60,21 +60,22 @@ def look(records: Sequence[Record]) -> Views:
     jobs = in_slurm(records)
     if not jobs:
         return Views({}, {})
-    queue = slurm_commands.queue()
+    queue = slurm_commands.queue({user for user in jobs.values() if user is not None})
     gone = [job for job in jobs if queue is not None and job not in queue]
     return Views(queue, slurm_commands.accounting(gone) if gone else {})
 
 
-def in_slurm(records: Sequence[Record]) -> list[str]:
-    """The jobs that Slurm knows more of than the files, which say when one has ended."""
-    return [record.job for record in records if not record.end_of_job and record.facts().get("cluster") == "slurm"]
+def in_slurm(records: Sequence[Record]) -> dict[str, str | None]:
+    """The jobs that Slurm knows more of than the files, which say when one has ended; and whose they are."""
+    known = ((record.job, record.facts()) for record in records if not record.end_of_job)
+    return {job: facts.get("user") for job, facts in known if facts.get("cluster") == "slurm"}
 
 
 @dataclass
 class SeldomLook:
     """`look` for one who watches: asks Slurm only where the jobs are others than before, or after a while."""
 
-    _jobs: list[str] = field(default_factory=list)
+    _jobs: Mapping[str, str | None] = field(default_factory=dict)
     _views: Views = Views({}, {})
     _asked: float = 0.0
 
@@ -150,18 +151,30 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
         return "waiting", "; ".join(filter(None, [f"Slurm: {queued.reason}", before]))
     if queued is not None and queued.state != "COMPLETING":
         return state_of_running(run, record, before)
+    if queued is not None:
+        return "waiting", "it is being cleaned up"
+    if views.queue is not None:
+        return state_of_unlisted(run, record, views, before)
+    if last is None or last.ended is not None:
+        return "waiting", "Slurm's controller doesn't answer"
+    state, why = state_of_running(run, record, before)
+    return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
+
+
+def state_of_unlisted(run: RunDir, record: Record, views: Views, before: str) -> tuple[str, str]:
+    """Of a job that squeue doesn't list, from accounting; there are clusters where it lists nobody else's jobs."""
     told = (views.accounting or {}).get(record.job, "").partition(" ")[0]
-    if queued is not None or views.queue is None:
-        if views.queue is None and last is not None and last.ended is None:
-            state, why = state_of_running(run, record, before)
-            return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
-        return "waiting", "Slurm's controller doesn't answer" if views.queue is None else "it is being cleaned up"
+    says = f"Slurm's accounting says {told}"
+    if told in ("RUNNING", "SUSPENDED"):
+        return state_of_running(run, record, before)
+    if told in WAITING:
+        return "waiting", "; ".join(filter(None, [says, before]))
     if told == "COMPLETED":
         return "running", "it has just ended"
     if told == "CANCELLED":
         before_it = "" if record.attempts else ", perhaps since the stage before it didn't succeed"
         return "cancelled", f"cancelled through Slurm{before_it}"
-    what = f"Slurm's accounting says {told}" if told else "Slurm knows nothing of it any more"
+    what = says if told else "Slurm knows nothing of it any more"
     return "vanished", f"not in the queue, and no rank of its last attempt left word; {what}: submit the same again"
 
 

@@ -11,7 +11,7 @@ import pytest
 from cxr_vae.run_dir import RunDir
 from launch.cli import main
 from launch.records import Record
-from launch.status import look, statuses
+from launch.status import look, running_job, statuses
 
 
 class FakeSlurm:
@@ -84,3 +84,36 @@ def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
     assert not follower.is_alive()
     assert "the last" in capsys.readouterr().out
     assert len(slurm.calls("squeue")) == 1
+
+
+def test_a_colleagues_job_is_looked_for_and_keeps_another_from_being_submitted(
+    slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    queued(run, "7", user="colleague").begin("node1", 0, 0)
+    slurm.says("squeue", "7|RUNNING|None|1:00")
+    status = running_job(RunDir(run), "train")
+    assert status is not None
+    assert (status.job, status.state) == ("7", "running")
+    (asked,) = slurm.calls("squeue")
+    assert f"--user={os.getuid()},colleague " in asked
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("RUNNING", "running"),
+        ("SUSPENDED", "running"),
+        ("PENDING", "waiting"),
+        ("REQUEUED", "waiting"),
+        ("CANCELLED by 0", "cancelled"),
+        ("NODE_FAIL", "vanished"),
+    ],
+)
+def test_a_job_that_squeue_does_not_list_is_what_accounting_says(
+    slurm: FakeSlurm, tmp_path: Path, told: str, expected: str
+) -> None:
+    """Where PrivateData hides the jobs of others from squeue."""
+    queued(tmp_path / "run", "7", user="colleague").begin("node1", 0, 0)
+    slurm.says("sacct", f"7|{told}")
+    assert state(tmp_path / "run") == expected
