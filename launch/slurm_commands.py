@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -14,26 +15,12 @@ ANSWER_S = 20.0
 REQUEUE_FOR_S = 900.0
 """How long a requeue is tried: a controller may be restarted meanwhile."""
 
-NEVER = (
-    "AccountNotAllowed",
-    "BadConstraints",
-    "DependencyNeverSatisfied",
-    "InvalidAccount",
-    "InvalidQOS",
-    "JobHeldAdmin",
-    "PartitionConfig",
-    "PartitionDown",
-    "PartitionInactive",
-    "PartitionNodeLimit",
-    "PartitionTimeLimit",
-    "QOSNotAllowed",
-    *(
-        f"{who}Max{what}"
-        for who in ("Assoc", "QOS")
-        for what in ("CpuPerJob", "NodePerJob", "GRESPerJob", "WallDuration")
-    ),
+NEVER = re.compile(
+    "AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|JobHeldAdmin|MaxMemPerLimit"
+    "|Partition(Config|Down|Inactive|NodeLimit|TimeLimit)|QOS(NotAllowed|TimeLimit|Min)"
+    r"|(Assoc|QOS)Max\w+Per(Job|Node)|(Assoc|QOS)MaxWallDuration"
 )
-"""Beginnings of squeue's reasons for which a job may wait for ever."""
+"""Beginnings of squeue's reasons for which a job may wait for ever: what it asks for, not what others have just now."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Queued:
     @property
     def may_wait_for_ever(self) -> bool:
         """Whether Slurm holds it back for something that time alone doesn't change."""
-        return self.state == "PENDING" and self.reason.startswith(NEVER)
+        return self.state == "PENDING" and NEVER.match(self.reason) is not None
 
 
 def ask(*command: str, timeout: float = ANSWER_S) -> str | None:

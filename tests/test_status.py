@@ -11,6 +11,7 @@ import pytest
 from cxr_vae.run_dir import RunDir
 from launch.cli import main
 from launch.records import Record
+from launch.slurm_commands import Queued
 from launch.status import look, running_job, statuses
 
 
@@ -117,3 +118,23 @@ def test_a_job_that_squeue_does_not_list_is_what_accounting_says(
     queued(tmp_path / "run", "7", user="colleague").begin("node1", 0, 0)
     slurm.says("sacct", f"7|{told}")
     assert state(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize(
+    ("reason", "for_ever"),
+    [
+        *((f"QOSMin{what}", True) for what in ("GRES", "CpuNotSatisfied", "Memory", "Node")),
+        *((f"QOSMax{what}Job{end}", True) for what, end in (("CpuPer", "Limit"), ("GRESPer", ""), ("MemoryPer", ""))),
+        *((f"QOSMax{what}", True) for what in ("NodePerJobLimit", "CpuPerNode", "WallDurationPerJobLimit")),
+        *((f"AssocMax{what}", True) for what in ("WallDurationPerJobLimit", "MemPerJob", "CpuMinutesPerJobLimit")),
+        *((what, True) for what in ("MaxMemPerLimit", "QOSTimeLimit", "PartitionTimeLimit", "PartitionNodeLimit")),
+        *(
+            (f"QOSMax{what}", False)
+            for what in ("CpuPerUserLimit", "JobsPerUserLimit", "GRESPerUser", "NodePerUserLimit")
+        ),
+        *((what, False) for what in ("AssocMaxJobsLimit", "QOSGrpCpuLimit", "Resources", "Priority", "Dependency")),
+    ],
+)
+def test_reasons_that_do_not_pass_by_themselves(reason: str, for_ever: bool) -> None:
+    assert Queued("PENDING", reason, None).may_wait_for_ever is for_ever
+    assert not Queued("RUNNING", reason, None).may_wait_for_ever
