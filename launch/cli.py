@@ -58,7 +58,11 @@ def _add_submission(commands: Any, name: str, text: str, example: str) -> argpar
     _add_where(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="further sbatch options (default: none)"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="further options of sbatch (default: none)",
     )
     return parser
 

@@ -21,7 +21,7 @@ from cxr_vae.files import write_atomically
 from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
 from launch.clusters import Cluster, Inline, Local, Slurm
-from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_options, shape_of
+from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_of, sbatch_options, shape_of
 from launch.stages import Shape, Stage, stages_of
 from launch.status import running_job
 from launch.sweeps import combinations, grid_of, name_of
@@ -38,20 +38,17 @@ class Submission:
     where: str
     profile_name: str | None
     profile: Profile
-    sbatch: dict[str, str]
+    sbatch: dict[str, str | bool]
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, overrides: Sequence[str] | None = None) -> "Submission":
         """As the command line says; UserError where it can't be."""
         config = load_config(arguments.config, arguments.overrides if overrides is None else overrides)
-        sbatch = dict(item.partition("=")[::2] for item in arguments.sbatch)
-        if not all(sbatch.values()):
-            raise UserError("--sbatch takes KEY=VALUE, as in --sbatch partition=gpu")
         where = arguments.cluster or choose_cluster(arguments.profile)
         if where != "slurm" and config.resources.nodes > 1:
             raise UserError(f"resources.nodes={config.resources.nodes}: this is one machine; use --cluster slurm")
         profile = load_profile(arguments.profile if where == "slurm" else None)
-        return cls(config, where, arguments.profile, profile, sbatch)
+        return cls(config, where, arguments.profile, profile, sbatch_of(arguments.sbatch))
 
     @property
     def shape(self) -> Shape:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -248,15 +249,17 @@ class TestDryRun:
             "max_nodes: 2\ngpus_per_node: 4\ncpus_per_node: 32\nqos: a\nsetup: [module load x]\n"
             "gpu_option: gres=gpu:a100:{gpus}\nshared_disks: true\nsrun: [--mpi=none]\n"
         )
-        told = [*options(source, tmp_path, *asked), "--profile", tmp_path / "cluster.yaml", "--sbatch", "comment=x"]
-        result = launch("pipeline", *told, "--dry-run", cluster="slurm")
+        told = [*options(source, tmp_path, *asked), "--profile", tmp_path / "cluster.yaml"]
+        once = [word for option in ("comment=x", "exclusive", "job-name=mine") for word in ("--sbatch", option)]
+        result = launch("pipeline", *told, *once, "--dry-run", cluster="slurm")
         assert result.returncode == 0, result.stderr
         scripts = ["#!/bin/bash" + script for script in result.stdout.split("#!/bin/bash")[1:]]
         shard, train, prior, evaluate, report = scripts
         for script in scripts:
             assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-            for option in ("--qos=a", "--comment=x", "--mem=64G", "--requeue", "--signal=USR2@120"):
+            for option in ("--qos=a", "--comment=x", "--exclusive", "--mem=64G", "--requeue", "--signal=USR2@120"):
                 assert f"#SBATCH {option}\n" in script
+            assert re.findall("--job-name=.*", script) == ["--job-name=mine"]
             assert "module load x\n" in script
             assert "--kill-on-bad-exit=1" in script
         for script, minutes in ((shard, 120), (train, 120), (prior, 120), (evaluate, 120), (report, 30)):
