@@ -32,7 +32,7 @@ YEAR_MIN = 365 * 24 * 60
 REPORT_MIN = 30
 """Time limit of a report, which takes seconds."""
 
-USERS_OWN = ("account", "partition", "qos", "reservation", "constraint")
+USERS_OWN = ("account", "partition", "qos", "reservation", "constraint", "wckey")
 """Options that people set once for all, such as by SBATCH_ACCOUNT in their shell's start-up file."""
 
 SETTLING_S = 1.5
@@ -266,6 +266,7 @@ class Slurm(Cluster):
             # Slurm signals the ranks; what is for the batch shell alone must not end the supervisor below it.
             "setup": ["trap : USR1 USR2 TERM", *self.profile.setup],
             "use_srun": False,  # the supervisor runs srun
+            "wckey": None,  # submitit's own is refused where wckeys are enforced
             "additional_parameters": more,
         }
 

@@ -259,7 +259,7 @@ class TestDryRun:
             assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
             for option in ("--qos=a", "--comment=x", "--exclusive", "--mem=64G", "--requeue", "--signal=USR2@120"):
                 assert f"#SBATCH {option}\n" in script
-            assert re.findall("--job-name=.*", script) == ["--job-name=mine"]
+            assert re.findall("--job-name=.*|wckey", script) == ["--job-name=mine"]
             assert "module load x\n" in script
             assert "--kill-on-bad-exit=1" in script
         for script, minutes in ((shard, 120), (train, 120), (prior, 120), (evaluate, 120), (report, 30)):
