@@ -38,6 +38,19 @@ def test_shells_find_nothing_amiss(script: Path) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
+def test_an_evaluation_that_is_longer_than_its_time_limit_shows_how_far_it_is(tmp_path: Path) -> None:
+    """With another common.sh, that only asks for it."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/common.sh").write_text("run_stage() { progress; }\n")
+    script = ["env", f"SLURM_SUBMIT_DIR={tmp_path}", "bash", "-eu", "-o", "pipefail", "slurm/evaluate.sbatch", tmp_path]
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == "0 files\n"
+    for made in ("generated/1.png", "features/a/1.safetensors", "features/a/2.safetensors.tmp", "results.json"):
+        path = tmp_path / "evaluation" / made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == "2 files\n"
+
+
 @pytest.mark.timeout(500)
 def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machine(
     slurm_cluster: SlurmCluster, source: Path, tmp_path: Path
