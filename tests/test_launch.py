@@ -146,6 +146,26 @@ class TestInline:
         assert longer.returncode == 0, longer.stdout
         assert f"going on from {saved[0].name}" in longer.stdout
 
+    def test_ctrl_c_while_it_shards_is_no_mistake(self, source: Path, tmp_path: Path) -> None:
+        asleep = tmp_path / "asleep"
+        code = (
+            "import sys\n"
+            "if 'cxr_vae' in sys.orig_argv:\n"
+            "    import time, pathlib, cxr_vae.data.shards as shards\n"
+            f"    shards.write_shards = lambda *_, **__: (pathlib.Path('{asleep}').touch(), time.sleep(60))\n"
+        )
+        call = command("cxr-launch", "shard", *options(source, tmp_path), "--cluster=inline")
+        process = subprocess.Popen(
+            call, env=with_patch(tmp_path, code), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        wait_until(asleep.exists)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert "error: interrupted; the same command goes on" in out
+        assert "start it again to go on" in out
+        assert process.returncode == 75
+        assert states(tmp_path / "run")["shard"]["state"] == "stopped"
+
     def test_a_killed_launcher_takes_its_ranks_along(self, shards: Path, tmp_path: Path) -> None:
         call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=400"), "--cluster=inline")
         process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)

@@ -25,6 +25,7 @@ def ends(*codes: int | None) -> list[RankEnd]:
         ((0, 0), "done"),
         ((75, 75), "stopped"),
         ((75, 1), "stopped"),  # what came after the first is its consequence
+        ((128 + signal.SIGINT, 1), "stopped"),  # Ctrl-C, outside of a training
         ((1, 75), "crashed"),
         ((2, 1), "mistake"),
         ((-signal.SIGKILL, 1), "crashed"),
