@@ -191,7 +191,19 @@ def state_here(run: RunDir, record: Record, before: str) -> tuple[str, str]:
         return state_of_running(run, record, before)
     if record.process() is not None:
         return state_of_running(run, record, before) if record.attempts else ("waiting", "for the stage before it")
+    if not record.attempts and any(has_failed(other) for other in records_of(run.jobs) if same_process(other, record)):
+        return "cancelled", "the stage before it didn't succeed"
     return "vanished", "its process is gone and left no word: start the same again"
+
+
+def same_process(one: Record, other: Record) -> bool:
+    """Whether one process runs both, as stages of a chain."""
+    return (one.job, one.facts().get("process_began")) == (other.job, other.facts().get("process_began"))
+
+
+def has_failed(record: Record) -> bool:
+    """Whether a job has ended, and not well."""
+    return record.end_of_job is not None and record.end_of_job.outcome != "done"
 
 
 def state_of_running(run: RunDir, record: Record, before: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -118,6 +119,24 @@ def test_a_job_that_squeue_does_not_list_is_what_accounting_says(
     queued(tmp_path / "run", "7", user="colleague").begin("node1", 0, 0)
     slurm.says("sacct", f"7|{told}")
     assert state(tmp_path / "run") == expected
+
+
+def test_a_chain_here_that_failed_cancels_what_comes_after_and_one_that_was_killed_vanishes(tmp_path: Path) -> None:
+    facts = {"cluster": "local", "host": socket.gethostname(), "process_began": 1.0}
+    chain = [Record(tmp_path / "run/jobs" / f"{stage}-{os.getpid()}-{stage}") for stage in ("shard", "train")]
+    for record in chain:
+        record.submitted(facts)
+
+    def found() -> list[str]:
+        return [one.state for one in statuses([RunDir(tmp_path / "run")])]
+
+    assert found() == ["vanished", "vanished"]
+    chain[0].begin("here", 0, 0)
+    assert found() == ["vanished", "vanished"]
+    chain[0].end("mistake", "no images", 0, "end")
+    assert found() == ["failed", "cancelled"]
+    chain[1].submitted(facts | {"process_began": 2.0})  # of another chain, whose process had the same number
+    assert found() == ["failed", "vanished"]
 
 
 @pytest.mark.parametrize(
