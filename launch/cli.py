@@ -12,11 +12,11 @@ from cxr_vae.commands.command_line import add_command, add_overrides, parse, run
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
-from launch.logs import show
+from launch.logs import STAGES, show
 from launch.records import Record, records_of
 from launch.status import OVER, SeldomLook, as_json, look, runs_below, status_of, statuses, table
 
-STAGES = {
+SUBMITTED = {
     "shard": "Shards the folder of X-rays that a configuration names.",
     "train": "Trains as a configuration says.",
     "prior": "Fits the prior that a configuration names to its finished run.",
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in STAGES.items():
+    for name, text in SUBMITTED.items():
         example = f"cxr-launch {name} configs/reference.yaml train.epochs=10 --cluster local"
         _add_submission(commands, name, text, example).set_defaults(command=submit, name=name)
     _add_sweep(commands)
@@ -129,8 +129,7 @@ def _add_logs(commands: Any) -> None:
         commands, "logs", logs, "Shows what the jobs of a run print.", "cxr-launch logs runs/reference --follow"
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    stages = ("shard", "train", "prior", "evaluate", "report")
-    parser.add_argument("--stage", choices=stages, help="(default: the one that printed last)")
+    parser.add_argument("--stage", choices=STAGES, help="(default: the one that printed last)")
     parser.add_argument("--follow", action="store_true", help="go on until the jobs of the run have ended")
 
 

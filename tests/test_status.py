@@ -11,6 +11,7 @@ import pytest
 
 from cxr_vae.run_dir import RunDir
 from launch.cli import main
+from launch.logs import log_files
 from launch.records import Record
 from launch.slurm_commands import Queued
 from launch.status import look, running_job, statuses
@@ -137,6 +138,29 @@ def test_a_chain_here_that_failed_cancels_what_comes_after_and_one_that_was_kill
     assert found() == ["failed", "cancelled"]
     chain[1].submitted(facts | {"process_began": 2.0})  # of another chain, whose process had the same number
     assert found() == ["failed", "vanished"]
+
+
+@pytest.mark.parametrize("name", ["run", "moved", "."])
+def test_logs_are_found_by_their_stage_also_where_the_run_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = tmp_path / ("run" if name == "." else name)
+    logs = ["evaluate-gpu-1-rank0", "evaluate-job", "train-12_3-job", "train-gpu-1-rank0", "train-gpu-1-rank1"]
+    for age, log in enumerate(logs):
+        path = run / f"logs/my-train-run-{log}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (100 - age, 100 - age))
+    (run / "logs/other.log").touch()
+    monkeypatch.chdir(run)
+    asked = RunDir(Path(name) if name == "." else run)
+
+    def found(stage: str | None) -> list[str]:
+        return [path.stem.removeprefix("my-train-run-") for path in log_files(asked, stage)]
+
+    assert found("train") == logs[2:]
+    assert found("evaluate") == found(None) == logs[:2]
+    assert found("prior") == []
 
 
 @pytest.mark.parametrize(
