@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,15 +206,11 @@ class Slurm(Cluster):
         """Queues the chain."""
         after: str | None = None
         queued: dict[str, Stage] = {}
-        try:
+        with all_or_nothing(queued):
             for stage in stages:
                 job = self.submit_one(stage, after)
                 queued[job] = stage
                 after = f"afterok:{job}"
-        except BaseException:
-            if queued:
-                slurm_commands.cancel(list(queued))  # all of a chain, or nothing
-            raise
         for job, stage in queued.items():
             self.record(stage, job, facts)
             print(f"{stage.name}: job {job}", flush=True)
@@ -227,11 +223,12 @@ class Slurm(Cluster):
         jobs = []
         with submitting(stages[0], self.options), executor.batch():
             jobs += [executor.submit(self.job([stage])) for stage in stages]
+        array = jobs[0].job_id.partition("_")[0]
+        with all_or_nothing([array]):
+            last = self.submit_one(table, f"afterany:{array}")
         for stage, job in zip(stages, jobs, strict=True):
             self.record(stage, job.job_id, facts)
             print(f"{stage.run}: job {job.job_id}", flush=True)
-        array = jobs[0].job_id.partition("_")[0]
-        last = self.submit_one(table, f"afterany:{array}")
         self.record(table, last, facts)
         print(f"{table.name}: job {last}", flush=True)
         warn_of_waiting([job.job_id for job in jobs])
@@ -292,6 +289,17 @@ class Slurm(Cluster):
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(**parameters)
         return executor
+
+
+@contextlib.contextmanager
+def all_or_nothing(queued: Collection[str]) -> Iterator[None]:
+    """Cancels the jobs that are queued by then where the next is refused."""
+    try:
+        yield
+    except BaseException:
+        if queued:
+            slurm_commands.cancel(list(queued))
+        raise
 
 
 @contextlib.contextmanager

@@ -169,6 +169,8 @@ def sweep(arguments: argparse.Namespace) -> int:
         raise UserError(f"{sizes[0]}: all runs of a sweep have the same size, and a directory of their own")
     base = Submission.of(arguments, runs[0])
     folder = Path(base.config.run_dir)
+    if RunDir(folder).config.is_file():  # its table would be a report of that run
+        raise UserError(f"{folder} is a run: name another folder for the sweep, as in run_dir=runs/sweep")
     stages, submissions = [], []
     for overrides in runs:
         run_dir = folder / name_of(overrides, grid)
