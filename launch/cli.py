@@ -17,12 +17,16 @@ from launch.records import Record, records_of
 from launch.status import OVER, SeldomLook, as_json, look, runs_below, status_of, statuses, table
 
 SUBMITTED = {
-    "shard": "Shards the folder of X-rays that a configuration names.",
-    "train": "Trains as a configuration says.",
-    "prior": "Fits the prior that a configuration names to its finished run.",
-    "evaluate": "Evaluates the finished run of a configuration.",
-    "pipeline": "Shards, trains, fits a prior if one is named, evaluates, reports; each if the one before succeeded.",
+    "shard": ("Shards the folder of X-rays that a configuration names.", "data.source=chest_xray"),
+    "train": ("Trains as a configuration says.", "train.epochs=10"),
+    "prior": ("Fits the prior that a configuration names to its finished run.", "prior.name=gmm"),
+    "evaluate": ("Evaluates the finished run of a configuration.", "evaluate.num_generated=1000"),
+    "pipeline": (
+        "Shards, trains, fits a prior if one is named, evaluates, reports; each if the one before succeeded.",
+        "data.source=chest_xray",
+    ),
 }
+"""What each does, and options of its example."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in SUBMITTED.items():
-        example = f"cxr-launch {name} configs/reference.yaml train.epochs=10 --cluster local"
+    for name, (text, options) in SUBMITTED.items():
+        example = f"cxr-launch {name} configs/reference.yaml {options} --cluster local"
         _add_submission(commands, name, text, example).set_defaults(command=submit, name=name)
     _add_sweep(commands)
     _add_status(commands)
@@ -91,7 +95,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def _add_sweep(commands: Any) -> None:
     text = "Trains once for each combination of the values given, as a job array, each in a run directory of its own."
-    example = "cxr-launch sweep configs/reference.yaml lr=1e-3,1e-4 latent_dim=64,128"
+    example = "cxr-launch sweep configs/reference.yaml lr=1e-3,1e-4 latent_dim=64,128 run_dir=runs/sweep"
     parser = _add_submission(commands, "sweep", text, example)
     parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of lists of values by key")
     parser.set_defaults(command=sweep)

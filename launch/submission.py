@@ -48,7 +48,12 @@ class Submission:
         if where != "slurm" and config.resources.nodes > 1:
             raise UserError(f"resources.nodes={config.resources.nodes}: this is one machine; use --cluster slurm")
         profile = load_profile(arguments.profile if where == "slurm" else None)
-        return cls(config, where, arguments.profile, profile, sbatch_of(arguments.sbatch))
+        made = cls(config, where, arguments.profile, profile, sbatch_of(arguments.sbatch))
+        if where == "slurm" and arguments.profile is None:  # nobody should wait for a training on one core unawares
+            size, gpus = made.shape, gpus_of(config, profile)
+            each = f"{size.ranks_per_node} ranks, {size.ranks_per_node * size.cpus_per_rank} cores and {gpus} GPUs"
+            print(f"without --profile a node is asked for {each}, as `resources` says", flush=True)
+        return made
 
     @property
     def shape(self) -> Shape:

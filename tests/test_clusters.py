@@ -41,3 +41,10 @@ def test_a_sweep_is_not_put_into_a_run(told: list[str], tmp_path: Path, capsys: 
     (tmp_path / "sweep/config.yaml").touch()
     assert main(["sweep", *told, "lr=1e-3,1e-4"]) == 2
     assert f"error: {tmp_path}/sweep is a run: name another folder for the sweep" in capsys.readouterr().err
+
+
+def test_without_a_profile_it_says_how_little_it_asks_for(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *told, "--dry-run"]) == 0
+    assert "without --profile a node is asked for 1 ranks, 1 cores and 0 GPUs" in capsys.readouterr().out
+    assert main(["train", *told, "--dry-run", "gpus_per_node=2", "cpus_per_process=3"]) == 0
+    assert "a node is asked for 2 ranks, 6 cores and 2 GPUs" in capsys.readouterr().out
