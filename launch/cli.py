@@ -4,6 +4,7 @@ import argparse
 import json
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
 from launch.logs import STAGES, show
 from launch.records import Record, records_of
-from launch.status import OVER, SeldomLook, as_json, look, runs_below, status_of, statuses, table
+from launch.status import OVER, SeldomLook, look, runs_below, status_of, statuses, table
 
 SUBMITTED = {
     "shard": ("Shards the folder of X-rays that a configuration names.", "data.source=chest_xray"),
@@ -124,7 +125,7 @@ def _add_status(commands: Any) -> None:
 def status(arguments: argparse.Namespace) -> int:
     """`cxr-launch status`."""
     found = statuses(runs_below(arguments.runs or [Path("runs")]))
-    print(json.dumps(as_json(found), indent=2) if arguments.json else table(found))
+    print(json.dumps([asdict(one) for one in found], indent=2) if arguments.json else table(found))
     return 1 if any(one.state in ("failed", "vanished") for one in found) else 0
 
 

@@ -75,9 +75,9 @@ class Cluster(ABC):
 
     name = ""
 
-    @abstractmethod
     def describe(self, stages: Sequence[Stage]) -> str:
-        """What `submit` would submit, word for word as far as it can be known before."""
+        """What `submit` would submit, word for word as far as it can be known before; here what could be typed."""
+        return "\n".join(as_typed(stage) for stage in stages)
 
     def describe_sweep(self, stages: Sequence[Stage], table: Stage) -> str:
         """The same of `submit_sweep`."""
@@ -106,10 +106,6 @@ class Inline(Cluster):
 
     name = "inline"
 
-    def describe(self, stages: Sequence[Stage]) -> str:
-        """The commands, which could be typed as well."""
-        return "\n".join(as_typed(stage) for stage in stages)
-
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
         """Runs them here."""
         for stage in stages:
@@ -136,10 +132,6 @@ class Local(Cluster):
     """This machine, in the background: returns at once, and the terminal may be closed."""
 
     name = "local"
-
-    def describe(self, stages: Sequence[Stage]) -> str:
-        """The commands, which could be typed as well."""
-        return "\n".join(as_typed(stage) for stage in stages)
 
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
         """One process for the chain."""
@@ -222,7 +214,7 @@ class Slurm(Cluster):
         executor = self._executor(table.run_dir.jobs / "submitit", self.sweep_parameters(stages, table))
         jobs = []
         with submitting(stages[0], self.options), executor.batch():
-            jobs += [executor.submit(self.job([stage])) for stage in stages]
+            jobs += [executor.submit(self.job(stage)) for stage in stages]
         array = jobs[0].job_id.partition("_")[0]
         with all_or_nothing([array]):
             last = self.submit_one(table, f"afterany:{array}")
@@ -234,10 +226,10 @@ class Slurm(Cluster):
         warn_of_waiting([job.job_id for job in jobs])
         return 0
 
-    def job(self, stages: Sequence[Stage]) -> Job:
+    def job(self, stage: Stage) -> Job:
         """What the queued job runs."""
         margin = min(self.profile.signal_delay_s + 60, 45 * self.minutes)  # Slurm signals up to a minute early
-        return Job(tuple(stages), self.starter, margin)
+        return Job((stage,), self.starter, margin)
 
     @property
     def starter(self) -> InSlurm:
@@ -278,7 +270,7 @@ class Slurm(Cluster):
         """Queues one job; returns its id."""
         with submitting(stage, self.options):
             executor = self._executor(stage.run_dir.jobs / "submitit", self.parameters(stage, after))
-            return str(executor.submit(self.job([stage])).job_id)
+            return str(executor.submit(self.job(stage)).job_id)
 
     def _executor(self, folder: Path, parameters: dict[str, Any]) -> Any:
         import submitit

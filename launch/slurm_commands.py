@@ -39,18 +39,18 @@ class Queued:
         return self.state == "PENDING" and NEVER.match(self.reason) is not None
 
 
-def ask(*command: str, timeout: float = ANSWER_S) -> str | None:
+def ask(*command: str) -> str | None:
     """What a command prints; None where it fails, takes too long or isn't there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
 
 
-def controller_answers(timeout: float = ANSWER_S) -> bool:
+def controller_answers() -> bool:
     """Whether there is a cluster to submit to: its controller answers, not only its commands are installed."""
-    return shutil.which("sbatch") is not None and ask("sinfo", "--noheader", timeout=timeout) is not None
+    return shutil.which("sbatch") is not None and ask("sinfo", "--noheader") is not None
 
 
 def queue(users: Collection[str] = ()) -> dict[str, Queued] | None:

@@ -5,7 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -289,11 +289,6 @@ def cells(status: Status) -> Iterator[str]:
     saved = status.checkpoint_step is not None and status.checkpoint_age_s is not None
     yield f"{status.checkpoint_step}, {clock(status.checkpoint_age_s or 0)} ago" if saved else ""
     yield status.why
-
-
-def as_json(found: Sequence[Status]) -> list[dict[str, Any]]:
-    """The same for programs."""
-    return [asdict(status) for status in found]
 
 
 def running_job(run: RunDir, stage: str) -> Status | None:
