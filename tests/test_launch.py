@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,7 @@ from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config_file import dump_config, load_config
 from launch.clusters import submitting
 from launch.stages import Stage
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, with_patch
+from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, wait_until, with_patch
 
 
 def launch(*arguments: object, cluster: str = "inline") -> "subprocess.CompletedProcess[str]":
@@ -44,13 +43,6 @@ def trainings(shards: Path, out: Path, *more: str) -> list[str]:
         *("configs/reference.yaml", *TINY, "processes_per_node=2", "checkpoint.every_steps=1000"),
         *(f"data.shards={shards}", f"run_dir={out / 'run'}", *more),
     ]
-
-
-def wait_until(condition, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it didn't happen in time"
-        time.sleep(0.05)
 
 
 def num_lines(run: Path) -> int:
@@ -207,7 +199,7 @@ class TestLocal:
         assert queued.returncode == 0, queued.stderr
         wait_until(lambda: any(published(path) for path in run.glob("priors/*/checkpoints")))
         processes_of(run, "cxr_vae")[0].kill()
-        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), 180)
+        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), 180, every_s=2)
         status = states(run)["prior"]
         assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 300)
         log = (run / "logs" / f"run-prior-{socket.gethostname()}-rank0.log").read_text()

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import TINY, cxr_vae
-from tests.slurm_helpers import SlurmCluster, wait_until
+from tests.helpers import TINY, cxr_vae, wait_until
+from tests.slurm_helpers import SlurmCluster
 
 SCRIPTS = sorted(Path("slurm").glob("*.sbatch"))
 OPTIONS = ("configs/reference.yaml", *TINY, "checkpoint.every_steps=1000", "checkpoint.best=false")
@@ -26,7 +26,7 @@ def sbatch(cluster: SlurmCluster, log: Path, script: str, *arguments: object, no
 def ended(cluster: SlurmCluster, job: str, seconds: float = 120) -> str:
     """Its state when it is over."""
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait_until(lambda: cluster.state(job) in over, seconds)
+    wait_until(lambda: cluster.state(job) in over, seconds, every_s=0.5)
     return cluster.state(job)
 
 
