@@ -16,6 +16,9 @@ LOCK = ".lock"
 WAIT_S = 20.0
 """The last one may still be leaving: ranks whose torchrun was killed save a checkpoint first."""
 
+OTHER_HOST_WAIT_S = 180.0
+"""The file server keeps the lock of a machine that died for as long as its lease, with NFSv4 90 s."""
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -28,21 +31,23 @@ class DirectoryLock:
 
     A POSIX record lock on a file in it: the kernel, or the server of a network file system, lets go of it with
     the process or the machine, so none is ever left behind; children don't inherit it. Raises UserError where another
-    process, on this or another machine, still has it after `wait_s`.
+    process still has it after `wait_s`; one on another machine, after OTHER_HOST_WAIT_S, unless `wait_s` is 0.
     """
 
     def __init__(self, directory: Path, wait_s: float = WAIT_S) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = (directory / LOCK).open("a+")
-        deadline = time.monotonic() + wait_s
-        waiting = False
+        began, waiting = time.monotonic(), False
         while not self._try():
             self._file.seek(0)
-            holder = f"{directory} is in use by {self._file.read().strip() or 'another process'}"
-            if time.monotonic() >= deadline:
+            named = self._file.read().strip()
+            elsewhere = named and f" on {socket.gethostname()} since " not in named
+            patience_s = max(wait_s, OTHER_HOST_WAIT_S) if wait_s and elsewhere else wait_s
+            holder = f"{directory} is in use by {named or 'another process'}"
+            if time.monotonic() >= began + patience_s:
                 raise UserError(f"{holder}: wait for it, stop it, or name another directory")
             if not waiting:
-                limit = f" {wait_s:.0f} s" if math.isfinite(wait_s) else ""
+                limit = f" {patience_s:.0f} s" if math.isfinite(patience_s) else ""
                 print(f"{holder}; waiting{limit} for it to leave", file=sys.stderr, flush=True)
             waiting = True
             time.sleep(0.2)

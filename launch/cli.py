@@ -4,6 +4,7 @@ import argparse
 import json
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ from cxr_vae.commands.command_line import add_command, add_overrides, parse, run
 from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
-from launch.logs import show
+from launch.logs import STAGES, show
 from launch.records import Record, records_of
-from launch.status import OVER, as_json, look, runs_below, status_of, statuses, table
+from launch.status import OVER, SeldomLook, look, runs_below, status_of, statuses, table
 
-STAGES = {
-    "shard": "Shards the folder of X-rays that a configuration names.",
-    "train": "Trains as a configuration says.",
-    "prior": "Fits the prior that a configuration names to its finished run.",
-    "evaluate": "Evaluates the finished run of a configuration.",
-    "pipeline": "Shards, trains, fits a prior if one is named, evaluates, reports; each if the one before succeeded.",
+SUBMITTED = {
+    "shard": ("Shards the folder of X-rays that a configuration names.", "data.source=chest_xray"),
+    "train": ("Trains as a configuration says.", "train.epochs=10"),
+    "prior": ("Fits the prior that a configuration names to its finished run.", "prior.name=gmm"),
+    "evaluate": ("Evaluates the finished run of a configuration.", "evaluate.num_generated=1000"),
+    "pipeline": (
+        "Shards, trains, fits a prior if one is named, evaluates, reports; each if the one before succeeded.",
+        "data.source=chest_xray",
+    ),
 }
+"""What each does, and options of its example."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in STAGES.items():
-        example = f"cxr-launch {name} configs/reference.yaml train.epochs=10 --cluster local"
+    for name, (text, options) in SUBMITTED.items():
+        example = f"cxr-launch {name} configs/reference.yaml {options} --cluster local"
         _add_submission(commands, name, text, example).set_defaults(command=submit, name=name)
     _add_sweep(commands)
     _add_status(commands)
@@ -58,7 +63,11 @@ def _add_submission(commands: Any, name: str, text: str, example: str) -> argpar
     _add_where(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print what would be submitted")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="further sbatch options (default: none)"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="further options of sbatch (default: none)",
     )
     return parser
 
@@ -87,7 +96,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def _add_sweep(commands: Any) -> None:
     text = "Trains once for each combination of the values given, as a job array, each in a run directory of its own."
-    example = "cxr-launch sweep configs/reference.yaml lr=1e-3,1e-4 latent_dim=64,128"
+    example = "cxr-launch sweep configs/reference.yaml lr=1e-3,1e-4 latent_dim=64,128 run_dir=runs/sweep"
     parser = _add_submission(commands, "sweep", text, example)
     parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of lists of values by key")
     parser.set_defaults(command=sweep)
@@ -116,7 +125,7 @@ def _add_status(commands: Any) -> None:
 def status(arguments: argparse.Namespace) -> int:
     """`cxr-launch status`."""
     found = statuses(runs_below(arguments.runs or [Path("runs")]))
-    print(json.dumps(as_json(found), indent=2) if arguments.json else table(found))
+    print(json.dumps([asdict(one) for one in found], indent=2) if arguments.json else table(found))
     return 1 if any(one.state in ("failed", "vanished") for one in found) else 0
 
 
@@ -125,17 +134,16 @@ def _add_logs(commands: Any) -> None:
         commands, "logs", logs, "Shows what the jobs of a run print.", "cxr-launch logs runs/reference --follow"
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    stages = ("shard", "train", "prior", "evaluate", "report")
-    parser.add_argument("--stage", choices=stages, help="(default: the one that printed last)")
+    parser.add_argument("--stage", choices=STAGES, help="(default: the one that printed last)")
     parser.add_argument("--follow", action="store_true", help="go on until the jobs of the run have ended")
 
 
 def logs(arguments: argparse.Namespace) -> int:
     """`cxr-launch logs`."""
-    run_dir = runs_below([arguments.run])[0]
+    run_dir, seldom = runs_below([arguments.run])[0], SeldomLook()
 
     def is_over() -> bool:
-        return all(one.state in OVER for one in statuses([run_dir]))
+        return all(one.state in OVER for one in statuses([run_dir], seldom))
 
     for line in show(run_dir, arguments.stage, follow=arguments.follow, is_over=is_over):
         print(line, flush=True)

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ YEAR_MIN = 365 * 24 * 60
 REPORT_MIN = 30
 """Time limit of a report, which takes seconds."""
 
-USERS_OWN = ("account", "partition", "qos", "reservation", "constraint")
+USERS_OWN = ("account", "partition", "qos", "reservation", "constraint", "wckey")
 """Options that people set once for all, such as by SBATCH_ACCOUNT in their shell's start-up file."""
 
 SETTLING_S = 1.5
@@ -75,9 +75,9 @@ class Cluster(ABC):
 
     name = ""
 
-    @abstractmethod
     def describe(self, stages: Sequence[Stage]) -> str:
-        """What `submit` would submit, word for word as far as it can be known before."""
+        """What `submit` would submit, word for word as far as it can be known before; here what could be typed."""
+        return "\n".join(as_typed(stage) for stage in stages)
 
     def describe_sweep(self, stages: Sequence[Stage], table: Stage) -> str:
         """The same of `submit_sweep`."""
@@ -106,10 +106,6 @@ class Inline(Cluster):
 
     name = "inline"
 
-    def describe(self, stages: Sequence[Stage]) -> str:
-        """The commands, which could be typed as well."""
-        return "\n".join(as_typed(stage) for stage in stages)
-
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
         """Runs them here."""
         for stage in stages:
@@ -136,10 +132,6 @@ class Local(Cluster):
     """This machine, in the background: returns at once, and the terminal may be closed."""
 
     name = "local"
-
-    def describe(self, stages: Sequence[Stage]) -> str:
-        """The commands, which could be typed as well."""
-        return "\n".join(as_typed(stage) for stage in stages)
 
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
         """One process for the chain."""
@@ -206,15 +198,11 @@ class Slurm(Cluster):
         """Queues the chain."""
         after: str | None = None
         queued: dict[str, Stage] = {}
-        try:
+        with all_or_nothing(queued):
             for stage in stages:
                 job = self.submit_one(stage, after)
                 queued[job] = stage
                 after = f"afterok:{job}"
-        except BaseException:
-            if queued:
-                slurm_commands.cancel(list(queued))  # all of a chain, or nothing
-            raise
         for job, stage in queued.items():
             self.record(stage, job, facts)
             print(f"{stage.name}: job {job}", flush=True)
@@ -226,21 +214,22 @@ class Slurm(Cluster):
         executor = self._executor(table.run_dir.jobs / "submitit", self.sweep_parameters(stages, table))
         jobs = []
         with submitting(stages[0], self.options), executor.batch():
-            jobs += [executor.submit(self.job([stage])) for stage in stages]
+            jobs += [executor.submit(self.job(stage)) for stage in stages]
+        array = jobs[0].job_id.partition("_")[0]
+        with all_or_nothing([array]):
+            last = self.submit_one(table, f"afterany:{array}")
         for stage, job in zip(stages, jobs, strict=True):
             self.record(stage, job.job_id, facts)
             print(f"{stage.run}: job {job.job_id}", flush=True)
-        array = jobs[0].job_id.partition("_")[0]
-        last = self.submit_one(table, f"afterany:{array}")
         self.record(table, last, facts)
         print(f"{table.name}: job {last}", flush=True)
         warn_of_waiting([job.job_id for job in jobs])
         return 0
 
-    def job(self, stages: Sequence[Stage]) -> Job:
+    def job(self, stage: Stage) -> Job:
         """What the queued job runs."""
         margin = min(self.profile.signal_delay_s + 60, 45 * self.minutes)  # Slurm signals up to a minute early
-        return Job(tuple(stages), self.starter, margin)
+        return Job((stage,), self.starter, margin)
 
     @property
     def starter(self) -> InSlurm:
@@ -250,6 +239,7 @@ class Slurm(Cluster):
     def parameters(self, stage: Stage, after: str | None) -> dict[str, Any]:
         """Of submitit's SlurmExecutor."""
         more = self.options | (self.gpu_options if stage.name in ("train", "prior", "evaluate") else {})
+        more = {key.replace("-", "_"): value for key, value in more.items()}  # in place of submitit's, not beside them
         # A job may come back after it was cut off, into the same log.
         more |= {"requeue": True, "output": f"{stage.run_dir.logs.absolute()}/{stage.log_name}-job.log"}
         if after:
@@ -265,6 +255,7 @@ class Slurm(Cluster):
             # Slurm signals the ranks; what is for the batch shell alone must not end the supervisor below it.
             "setup": ["trap : USR1 USR2 TERM", *self.profile.setup],
             "use_srun": False,  # the supervisor runs srun
+            "wckey": None,  # submitit's own is refused where wckeys are enforced
             "additional_parameters": more,
         }
 
@@ -279,7 +270,7 @@ class Slurm(Cluster):
         """Queues one job; returns its id."""
         with submitting(stage, self.options):
             executor = self._executor(stage.run_dir.jobs / "submitit", self.parameters(stage, after))
-            return str(executor.submit(self.job([stage])).job_id)
+            return str(executor.submit(self.job(stage)).job_id)
 
     def _executor(self, folder: Path, parameters: dict[str, Any]) -> Any:
         import submitit
@@ -290,6 +281,17 @@ class Slurm(Cluster):
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(**parameters)
         return executor
+
+
+@contextlib.contextmanager
+def all_or_nothing(queued: Collection[str]) -> Iterator[None]:
+    """Cancels the jobs that are queued by then where the next is refused."""
+    try:
+        yield
+    except BaseException:
+        if queued:
+            slurm_commands.cancel(list(queued))
+        raise
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from launch.clusters import Slurm, submitting
 from launch.logs import Tail
 from launch.probe import FAIL, OK, WARN, Finding, Probe, Words, counted
 from launch.profiles import Profile, gpus_of, load_profile, sbatch_options, shape_of
+from launch.rank import VISIBLE_S
 from launch.slurm_findings import controller_finding, of_slurm
 from launch.stages import Stage
 
@@ -31,7 +32,9 @@ WAIT_S = 180.0
 
 def examine(where: str | None, profile_name: str | None, nodes: int, folder: Path) -> int:
     """Prints a line for each check, as soon as it is known; exit code 1 where one failed."""
-    where = where or ("slurm" if profile_name or slurm_commands.controller_answers() else "local")
+    from launch.submission import choose_cluster
+
+    where = where or choose_cluster(profile_name)
     if where != "slurm" and nodes > 1:
         raise UserError(f"--nodes={nodes}: this is one machine; use --cluster slurm")
     profile = load_profile(profile_name)
@@ -179,7 +182,7 @@ class Trial:
                 trouble = self.waits(mine, age)
             elif state in ("gone", "COMPLETING"):
                 state = slurm_commands.job_fields(self.job).get("JobState", "not known")
-                if age > (probe.VISIBLE_S if state == "COMPLETED" else 5):
+                if age > (VISIBLE_S if state == "COMPLETED" else 5):
                     trouble = self.failed(f"job {self.job} ended as {state} before it had told all")
             elif age > WAIT_S:
                 trouble = self.failed(f"job {self.job} does not end")

@@ -1,5 +1,6 @@
 """What the jobs of a run print: `cxr-launch logs`."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,11 @@ from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
 
 POLL_S = 0.5
+
+STAGES = ("shard", "train", "prior", "evaluate", "report")
+
+LOG = re.compile(rf".*-(?P<stage>{'|'.join(STAGES)})-(job|\d+_\d+-job|.+-rank\d+)\.log")
+"""A log's name, whatever the run was called when it was written: a run may have been moved since."""
 
 LAST_LINES = 40
 """Of each log, before what comes."""
@@ -55,13 +61,8 @@ def show(run: RunDir, stage: str | None, *, follow: bool, is_over: Callable[[], 
 
 def log_files(run: RunDir, stage: str | None) -> list[Path]:
     """Of a stage; without one, of that which wrote last."""
-    logs = sorted(run.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    if not logs:
-        return []
-    begin = f"{run.path.name}-{stage}-" if stage else logs[-1].name[: len(stage_part(run, logs[-1]))]
-    return sorted(path for path in logs if path.name.startswith(begin))
-
-
-def stage_part(run: RunDir, log: Path) -> str:
-    """`reference-train-` of `reference-train-node1-rank0.log`."""
-    return f"{run.path.name}-{log.name.removeprefix(f'{run.path.name}-').partition('-')[0]}-"
+    found = ((path, LOG.fullmatch(path.name)) for path in run.logs.glob("*.log"))
+    stages = {path: match["stage"] for path, match in found if match}
+    if stage is None and stages:
+        stage = stages[max(stages, key=lambda path: path.stat().st_mtime)]
+    return sorted(path for path, of in stages.items() if of == stage)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm_commands
-from launch.rank import identity
+from launch.rank import VISIBLE_S, identity
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
@@ -29,9 +29,6 @@ PATIENCE_S = 60
 
 LIMIT_S = 150
 """Of a whole rank."""
-
-VISIBLE_S = 60.0
-"""How late a network file system may show what another machine has written."""
 
 CLOCK_S = 5.0
 """How far clocks may be apart."""

@@ -1,6 +1,6 @@
 """What a cluster gives and how it wants to be asked: `configs/cluster/*.yaml`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,18 @@ from cxr_vae.errors import UserError
 from launch.stages import Shape
 
 FOLDER = Path("configs/cluster")
+
+OURS = {
+    "nodes": "set resources.nodes",
+    "ntasks-per-node": "set resources.processes_per_node",
+    "cpus-per-task": "set resources.cpus_per_process",
+    "time": "set resources.hours",
+    "signal": "set signal_delay_s in the cluster profile",
+    "output": "leave it out, logs are in the run directory",
+    "requeue": "leave it out, jobs go back into the queue by themselves",
+    "no-requeue": "leave it out, `cxr-launch cancel` ends a job for good",
+}
+"""Options of sbatch that the ranks and the supervisor must agree with: what to do in place of giving them."""
 
 
 class Profile(Section):
@@ -49,7 +61,29 @@ def load_profile(name: str | None) -> Profile:
     if not config_path(path).is_file():
         known = sorted({found.stem for folder in (FOLDER, SHIPPED / "cluster") for found in folder.glob("*.yaml")})
         raise UserError(f"{path}: there is no such cluster profile; name a YAML file, or one of {', '.join(known)}")
-    return load_section(Profile, path)
+    profile = load_section(Profile, path)
+    refuse_ours(profile.sbatch, f"sbatch in {path}")
+    return profile
+
+
+def sbatch_of(words: Sequence[str]) -> dict[str, str | bool]:
+    """`KEY=VALUE` and bare `KEY`, as people give them on the command line, by long names."""
+    options: dict[str, str | bool] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or (equals and not value):
+            raise UserError(f"--sbatch {word}: write KEY=VALUE or KEY, as in --sbatch partition=gpu --sbatch exclusive")
+        options[key.replace("_", "-")] = value if equals else True
+    refuse_ours(options, "--sbatch")
+    return options
+
+
+def refuse_ours(options: Mapping[str, Any], where: str) -> None:
+    """UserError where options of sbatch are among those that the launcher sets."""
+    for key in options:
+        remedy = OURS.get(key.replace("_", "-"))
+        if remedy is not None:
+            raise UserError(f"{where}: {key} is the launcher's own: {remedy}")
 
 
 def shape_of(config: Config, profile: Profile, name: str | None) -> Shape:

@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+VISIBLE_S = 60.0
+"""How late a network file system may show what was written on another machine."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -134,6 +134,11 @@ class Record:
         return sorted(ends, key=lambda end: end.time)
 
     @property
+    def end_of_job(self) -> Attempt | None:
+        """The last attempt where nothing follows it; None where the files don't say that the job has ended."""
+        return self.attempts[-1] if self.attempts and self.attempts[-1].next == "end" else None
+
+    @property
     def cancelled(self) -> bool:
         """Whether someone wants it to end for good."""
         return (self.path / "cancelled").exists()

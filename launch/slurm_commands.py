@@ -1,9 +1,12 @@
 """Talking to Slurm through its own commands. That Slurm doesn't answer is an answer here, not an error."""
 
+import getpass
 import os
+import re
 import shutil
 import subprocess
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 ANSWER_S = 20.0
@@ -12,28 +15,12 @@ ANSWER_S = 20.0
 REQUEUE_FOR_S = 900.0
 """How long a requeue is tried: a controller may be restarted meanwhile."""
 
-ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-
-NEVER = (
-    "AccountNotAllowed",
-    "BadConstraints",
-    "DependencyNeverSatisfied",
-    "InvalidAccount",
-    "InvalidQOS",
-    "JobHeldAdmin",
-    "PartitionConfig",
-    "PartitionDown",
-    "PartitionInactive",
-    "PartitionNodeLimit",
-    "PartitionTimeLimit",
-    "QOSNotAllowed",
-    *(
-        f"{who}Max{what}"
-        for who in ("Assoc", "QOS")
-        for what in ("CpuPerJob", "NodePerJob", "GRESPerJob", "WallDuration")
-    ),
+NEVER = re.compile(
+    "AccountNotAllowed|BadConstraints|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|JobHeldAdmin|MaxMemPerLimit"
+    "|Partition(Config|Down|Inactive|NodeLimit|TimeLimit)|QOS(NotAllowed|TimeLimit|Min)"
+    r"|(Assoc|QOS)Max\w+Per(Job|Node)|(Assoc|QOS)MaxWallDuration"
 )
-"""Beginnings of squeue's reasons for which a job may wait for ever."""
+"""Beginnings of squeue's reasons for which a job may wait for ever: what it asks for, not what others have just now."""
 
 
 @dataclass(frozen=True)
@@ -45,40 +32,41 @@ class Queued:
     reason: str
     left_s: float | None
     """Until its time limit; None: no limit, or not known."""
-    nodes: str
 
     @property
     def may_wait_for_ever(self) -> bool:
         """Whether Slurm holds it back for something that time alone doesn't change."""
-        return self.state == "PENDING" and self.reason.startswith(NEVER)
+        return self.state == "PENDING" and NEVER.match(self.reason) is not None
 
 
-def ask(*command: str, timeout: float = ANSWER_S) -> str | None:
+def ask(*command: str) -> str | None:
     """What a command prints; None where it fails, takes too long or isn't there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout
 
 
-def controller_answers(timeout: float = ANSWER_S) -> bool:
+def controller_answers() -> bool:
     """Whether there is a cluster to submit to: its controller answers, not only its commands are installed."""
-    return shutil.which("sbatch") is not None and ask("sinfo", "--noheader", timeout=timeout) is not None
+    return shutil.which("sbatch") is not None and ask("sinfo", "--noheader") is not None
 
 
-def queue() -> dict[str, Queued] | None:
-    """All my jobs in the queue by job id, elements of arrays as `12_3`; None where the controller doesn't answer."""
-    answer = ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r|%L|%N")
+def queue(users: Collection[str] = ()) -> dict[str, Queued] | None:
+    """My jobs and those of `users` in the queue by job id, of arrays as `12_3`; None where the controller is silent."""
+    others = set(users) - {getpass.getuser()} if users else set()
+    whose = f"--user={','.join([str(os.getuid()), *sorted(others)])}" if others else "--me"
+    answer = ask("squeue", whose, "--noheader", "--array", "--format=%i|%T|%r|%L")
     if answer is None:
         return None
-    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 4]
-    return {job: Queued(state, reason, seconds(left), nodes) for job, state, reason, left, nodes in rows}
+    rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 3]
+    return {job: Queued(state, reason, seconds(left)) for job, state, reason, left in rows}
 
 
 def accounting(jobs: list[str]) -> dict[str, str] | None:
     """What sacct says of jobs, as `NODE_FAIL`; None where there is no accounting or it doesn't answer."""
-    columns = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State")
+    columns = ("--allusers", "--noheader", "--parsable2", "--allocations", "--format=JobID,State")
     answer = ask("sacct", *columns, f"--jobs={','.join(jobs)}")
     if answer is None:
         return None

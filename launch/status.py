@@ -4,8 +4,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", 
 
 OVER = ("done", "failed", "cancelled", "stopped", "vanished")
 """States from which nothing more comes by itself."""
+
+ASK_EVERY_S = 15.0
+"""How often Slurm is asked by one who watches: its controller has all users to answer."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,35 @@ class Views:
 
 
 def look(records: Sequence[Record]) -> Views:
-    """Asks squeue and sacct once, and neither where no job of theirs is looked at."""
-    jobs = [record.job for record in records if record.facts().get("cluster") == "slurm"]
+    """Asks squeue for the jobs that may go on, and sacct for those of them that squeue doesn't list."""
+    jobs = in_slurm(records)
     if not jobs:
         return Views({}, {})
-    return Views(slurm_commands.queue(), slurm_commands.accounting(jobs))
+    queue = slurm_commands.queue({user for user in jobs.values() if user is not None})
+    gone = [job for job in jobs if queue is not None and job not in queue]
+    return Views(queue, slurm_commands.accounting(gone) if gone else {})
+
+
+def in_slurm(records: Sequence[Record]) -> dict[str, str | None]:
+    """The jobs that Slurm knows more of than the files, which say when one has ended; and whose they are."""
+    known = ((record.job, record.facts()) for record in records if not record.end_of_job)
+    return {job: facts.get("user") for job, facts in known if facts.get("cluster") == "slurm"}
+
+
+@dataclass
+class SeldomLook:
+    """`look` for one who watches: asks Slurm only where the jobs are others than before, or after a while."""
+
+    _jobs: Mapping[str, str | None] = field(default_factory=dict)
+    _views: Views = Views({}, {})
+    _asked: float = 0.0
+
+    def __call__(self, records: Sequence[Record]) -> Views:
+        """As it is, or was at the last time."""
+        jobs = in_slurm(records)
+        if jobs != self._jobs or time.monotonic() - self._asked > ASK_EVERY_S:
+            self._jobs, self._views, self._asked = jobs, look(records), time.monotonic()
+        return self._views
 
 
 def runs_below(paths: Sequence[Path]) -> list[RunDir]:
@@ -81,7 +108,7 @@ def is_run(path: Path) -> bool:
     return run.config.is_file() or any(True for _ in records_of(run.jobs))
 
 
-def statuses(runs: Sequence[RunDir]) -> list[Status]:
+def statuses(runs: Sequence[RunDir], look: Callable[[Sequence[Record]], Views] = look) -> list[Status]:
     """A status for each job of each run, of several of one stage the last; a run without jobs has its heartbeat."""
     records = {run: newest_of_each_stage(run) for run in runs}
     views = look([record for of_run in records.values() for record in of_run])
@@ -109,12 +136,11 @@ def status_of(run: RunDir, record: Record, views: Views) -> Status:
 
 def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
     """The state of a job and why, from the best witness there is."""
-    last = record.attempts[-1] if record.attempts else None
-    ended = last is not None and last.next == "end"
-    if last is not None and ended and last.outcome == "done":
+    last, end = record.attempts[-1] if record.attempts else None, record.end_of_job
+    if end is not None and end.outcome == "done":
         return "done", ""
-    if last is not None and ended:
-        return (last.outcome if last.outcome in ("stopped", "cancelled") else "failed"), last.why
+    if end is not None:
+        return (end.outcome if end.outcome in ("stopped", "cancelled") else "failed"), end.why
     if record.cancelled:
         return ("cancelling", "told to leave") if is_there(record, views) else ("cancelled", "")
     before = why_before(record)
@@ -125,18 +151,30 @@ def state_of(run: RunDir, record: Record, views: Views) -> tuple[str, str]:
         return "waiting", "; ".join(filter(None, [f"Slurm: {queued.reason}", before]))
     if queued is not None and queued.state != "COMPLETING":
         return state_of_running(run, record, before)
+    if queued is not None:
+        return "waiting", "it is being cleaned up"
+    if views.queue is not None:
+        return state_of_unlisted(run, record, views, before)
+    if last is None or last.ended is not None:
+        return "waiting", "Slurm's controller doesn't answer"
+    state, why = state_of_running(run, record, before)
+    return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
+
+
+def state_of_unlisted(run: RunDir, record: Record, views: Views, before: str) -> tuple[str, str]:
+    """Of a job that squeue doesn't list, from accounting; there are clusters where it lists nobody else's jobs."""
     told = (views.accounting or {}).get(record.job, "").partition(" ")[0]
-    if queued is not None or views.queue is None:
-        if views.queue is None and last is not None and last.ended is None:
-            state, why = state_of_running(run, record, before)
-            return state, "; ".join(filter(None, ["Slurm's controller doesn't answer", why]))
-        return "waiting", "Slurm's controller doesn't answer" if views.queue is None else "it is being cleaned up"
+    says = f"Slurm's accounting says {told}"
+    if told in ("RUNNING", "SUSPENDED"):
+        return state_of_running(run, record, before)
+    if told in WAITING:
+        return "waiting", "; ".join(filter(None, [says, before]))
     if told == "COMPLETED":
         return "running", "it has just ended"
     if told == "CANCELLED":
         before_it = "" if record.attempts else ", perhaps since the stage before it didn't succeed"
         return "cancelled", f"cancelled through Slurm{before_it}"
-    what = f"Slurm's accounting says {told}" if told else "Slurm knows nothing of it any more"
+    what = says if told else "Slurm knows nothing of it any more"
     return "vanished", f"not in the queue, and no rank of its last attempt left word; {what}: submit the same again"
 
 
@@ -153,7 +191,19 @@ def state_here(run: RunDir, record: Record, before: str) -> tuple[str, str]:
         return state_of_running(run, record, before)
     if record.process() is not None:
         return state_of_running(run, record, before) if record.attempts else ("waiting", "for the stage before it")
+    if not record.attempts and any(has_failed(other) for other in records_of(run.jobs) if same_process(other, record)):
+        return "cancelled", "the stage before it didn't succeed"
     return "vanished", "its process is gone and left no word: start the same again"
+
+
+def same_process(one: Record, other: Record) -> bool:
+    """Whether one process runs both, as stages of a chain."""
+    return (one.job, one.facts().get("process_began")) == (other.job, other.facts().get("process_began"))
+
+
+def has_failed(record: Record) -> bool:
+    """Whether a job has ended, and not well."""
+    return record.end_of_job is not None and record.end_of_job.outcome != "done"
 
 
 def state_of_running(run: RunDir, record: Record, before: str) -> tuple[str, str]:
@@ -239,11 +289,6 @@ def cells(status: Status) -> Iterator[str]:
     saved = status.checkpoint_step is not None and status.checkpoint_age_s is not None
     yield f"{status.checkpoint_step}, {clock(status.checkpoint_age_s or 0)} ago" if saved else ""
     yield status.why
-
-
-def as_json(found: Sequence[Status]) -> list[dict[str, Any]]:
-    """The same for programs."""
-    return [asdict(status) for status in found]
 
 
 def running_job(run: RunDir, stage: str) -> Status | None:

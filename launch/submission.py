@@ -21,7 +21,7 @@ from cxr_vae.files import write_atomically
 from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
 from launch.clusters import Cluster, Inline, Local, Slurm
-from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_options, shape_of
+from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_of, sbatch_options, shape_of
 from launch.stages import Shape, Stage, stages_of
 from launch.status import running_job
 from launch.sweeps import combinations, grid_of, name_of
@@ -38,20 +38,22 @@ class Submission:
     where: str
     profile_name: str | None
     profile: Profile
-    sbatch: dict[str, str]
+    sbatch: dict[str, str | bool]
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, overrides: Sequence[str] | None = None) -> "Submission":
         """As the command line says; UserError where it can't be."""
         config = load_config(arguments.config, arguments.overrides if overrides is None else overrides)
-        sbatch = dict(item.partition("=")[::2] for item in arguments.sbatch)
-        if not all(sbatch.values()):
-            raise UserError("--sbatch takes KEY=VALUE, as in --sbatch partition=gpu")
         where = arguments.cluster or choose_cluster(arguments.profile)
         if where != "slurm" and config.resources.nodes > 1:
             raise UserError(f"resources.nodes={config.resources.nodes}: this is one machine; use --cluster slurm")
         profile = load_profile(arguments.profile if where == "slurm" else None)
-        return cls(config, where, arguments.profile, profile, sbatch)
+        made = cls(config, where, arguments.profile, profile, sbatch_of(arguments.sbatch))
+        if where == "slurm" and arguments.profile is None:  # nobody should wait for a training on one core unawares
+            size, gpus = made.shape, gpus_of(config, profile)
+            each = f"{size.ranks_per_node} ranks, {size.ranks_per_node * size.cpus_per_rank} cores and {gpus} GPUs"
+            print(f"without --profile a node is asked for {each}, as `resources` says", flush=True)
+        return made
 
     @property
     def shape(self) -> Shape:
@@ -172,6 +174,8 @@ def sweep(arguments: argparse.Namespace) -> int:
         raise UserError(f"{sizes[0]}: all runs of a sweep have the same size, and a directory of their own")
     base = Submission.of(arguments, runs[0])
     folder = Path(base.config.run_dir)
+    if RunDir(folder).config.is_file():  # its table would be a report of that run
+        raise UserError(f"{folder} is a run: name another folder for the sweep, as in run_dir=runs/sweep")
     stages, submissions = [], []
     for overrides in runs:
         run_dir = folder / name_of(overrides, grid)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from cxr_vae.stopping import SIGNALS, STOPPED_EXIT_CODE
+from launch.rank import VISIBLE_S
 from launch.records import Attempt, RankEnd, Record
 from launch.stages import Stage
 from launch.starters import Processes, Starter
@@ -23,9 +24,6 @@ MAX_CRASHES = 2
 
 MAX_FRUITLESS = 20
 """Attempts in a row of whatever end without progress."""
-
-VISIBLE_S = 60.0
-"""Until a network file system shows here what was written on another node."""
 
 MAX_LOSSES = 10
 """In a row without progress, of ranks that were never heard of: a node that is down may be given again a few times."""

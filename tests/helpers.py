@@ -4,6 +4,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,11 @@ def processes_with(argument: str) -> list[int]:
             if argument.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90, every_s: float = 0.1) -> None:
+    """Waits for what has to come true; asks seldom where that runs a command."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(every_s)

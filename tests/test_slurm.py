@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import TINY, check_sentence, command
-from tests.slurm_helpers import SlurmCluster, wait_until
+from tests.helpers import TINY, check_sentence, command, wait_until
+from tests.slurm_helpers import SlurmCluster
 
 SMALL = (*TINY, "cpus_per_process=1", "resources.memory_gb=1", "checkpoint.every_steps=1000")
 
@@ -100,7 +100,7 @@ def test_a_stage_that_fails_takes_those_after_it_along(launch: Launcher, source:
     run = tmp_path / "run"
     paths = (f"data.source={broken}", f"data.shards={tmp_path / 'shards'}", f"run_dir={run}", "features=random")
     launch.submit("pipeline", "configs/reference.yaml", *SMALL, *paths)
-    wait_until(lambda: gone(launch.cluster), 60)
+    wait_until(lambda: gone(launch.cluster), 60, every_s=0.5)
     status = launch("status", run)
     assert status.returncode == 1
     assert "it would meet the same again" in status.stdout
@@ -120,7 +120,7 @@ def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path,
     told_to_stop = next((tmp_path / "sweep").glob(f"*/jobs/train-{array}_1-*")).parents[1]
     wait_until(lambda: trains(told_to_stop), 90)
     launch.cluster.run("scancel", "--signal=USR2", f"{array}_1")
-    wait_until(lambda: gone(launch.cluster), 150)
+    wait_until(lambda: gone(launch.cluster), 150, every_s=0.5)
     found = launch.status(tmp_path / "sweep")
     assert {one["state"] for one in found.values()} == {"done"}
     assert {one["job"]: one["attempt"] for one in found.values() if one["stage"] == "train"} == {
@@ -145,7 +145,7 @@ def test_status_cancel_and_twice_the_same_without_accounting(launch: Launcher, s
         twice = launch(*told, "--profile=local_cluster")
         check_sentence(twice, f"has a train job already ({job}, running)", program="cxr-launch")
         assert f"train job {job} cancelled" in launch("cancel", run).stdout
-        wait_until(lambda: gone(cluster), 60)
+        wait_until(lambda: gone(cluster), 60, every_s=0.5)
         time.sleep(8)  # a job that came back would be in the queue again by now
         assert gone(cluster)
         assert launch.status(run)["run/train"]["state"] == "cancelled"
@@ -162,14 +162,14 @@ def test_what_is_cancelled_through_slurm_stays_so_and_the_same_command_goes_on(
     (job,) = launch.submit(*training(shards, run, "epochs=4000"))
     wait_until(lambda: trains(run), 60)
     cluster.run("scancel", job)
-    wait_until(lambda: gone(cluster), 60)
+    wait_until(lambda: gone(cluster), 60, every_s=0.5)
     time.sleep(8)
     assert gone(cluster)
     assert launch.status(run)["run/train"]["state"] == "cancelled"
     step = int(published(run / "checkpoints")[0].name.rpartition("-")[2])
     assert step > 0
     (again,) = launch.submit(*training(shards, run, f"epochs={step // 5 + 2}"))
-    wait_until(lambda: gone(cluster), 60)
+    wait_until(lambda: gone(cluster), 60, every_s=0.5)
     status = launch.status(run)["run/train"]
     assert (status["job"], status["state"], status["attempt"]) == (again, "done", 1)
     assert f"going on from step-{step:010d}" in launch("logs", run, "--stage=train").stdout

@@ -66,7 +66,7 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
         if message is None:
             code = _bug(error)
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from where it was"
+        code, message = 128 + signal.SIGINT, "interrupted; the same command goes on from where it was"
     except Exception as error:
         code = _bug(error)
     if message is not None:
