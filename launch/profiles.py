@@ -36,6 +36,9 @@ class Profile(Section):
     max_nodes: int | None = Field(None, ge=1, description="nodes a job may have; null: Slurm says")
     gpus_per_node: int = Field(0, ge=0, description="GPUs a node has")
     gpu_option: str = Field("gpus-per-node={gpus}", description="how GPUs are asked for, as gres=gpu:a100:{gpus}")
+    gpu_in_every_job: bool = Field(
+        False, description="true: the partition refuses jobs without a GPU, so those that need none ask for one"
+    )
     cpus_per_node: int | None = Field(
         None, ge=1, description="cores a node has; null: a rank gets one unless the configuration says more"
     )

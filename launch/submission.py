@@ -70,7 +70,7 @@ class Submission:
         if self.where != "slurm":
             return Inline() if self.where == "inline" else Local()
         gpus = gpus_of(self.config, self.profile)
-        plain = sbatch_options(self.config, self.profile, gpus=0) | self.sbatch
+        plain = sbatch_options(self.config, self.profile, gpus=int(self.profile.gpu_in_every_job)) | self.sbatch
         computing = sbatch_options(self.config, self.profile, gpus=gpus) | self.sbatch
         return Slurm(self.profile, plain, minutes_of(self.config, self.profile), computing)
 

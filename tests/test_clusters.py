@@ -1,6 +1,7 @@
 """What is queued, with commands of Slurm's that say what a test lets them."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def test_a_sweep_is_not_put_into_a_run(told: list[str], tmp_path: Path, capsys: 
     (tmp_path / "sweep/config.yaml").touch()
     assert main(["sweep", *told, "lr=1e-3,1e-4"]) == 2
     assert f"error: {tmp_path}/sweep is a run: name another folder for the sweep" in capsys.readouterr().err
+
+
+def test_jobs_that_compute_nothing_ask_for_one_gpu_where_they_must(
+    told: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile, run = tmp_path / "gpus.yaml", [*told, "data.source=chest_xray", "--dry-run"]
+    size = "gpus_per_node: 4\ncpus_per_node: 8\nmemory_gb: 64\ngpu_option: gres=gpu:a100:{gpus}\nshared_disks: true\n"
+    for more, first in (("", []), ("gpu_in_every_job: true\n", ["--gres=gpu:a100:1"])):
+        profile.write_text(size + more)
+        assert main(["pipeline", *run, f"--profile={profile}"]) == 0
+        scripts = capsys.readouterr().out.split("#!/bin/bash")[1:]
+        asked = [re.findall(r"^#SBATCH (--gres=\S+)", script, re.MULTILINE) for script in scripts]
+        assert asked == [first, ["--gres=gpu:a100:4"], ["--gres=gpu:a100:4"], first]
 
 
 def test_without_a_profile_it_says_how_little_it_asks_for(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
