@@ -20,6 +20,14 @@ BEST, REFERENCE = ([f"{{work}}/{name}-{seed}" for seed in SEEDS] for name in ("b
 AT_64_PX = "data.shards={work}/shards_64"
 LIKE_BEST = f"{AT_64_PX} image_size=64 epochs=24 precision=bf16"
 
+PARTS = {
+    "recipe": "",
+    "not_adversarial": "objective.adversarial_weight=0",
+    "no_feature_matching": "objective.feature_matching_weight=0",
+    "bernoulli": "objective.likelihood=bernoulli",
+}
+"""The 64 px recipe, and what it is with one part changed."""
+
 SHARD_64 = "cxr-vae shard {data} {work}/shards_64 --image-size 64"
 SHARD_224 = "cxr-vae shard {data} {work}/shards_224"
 RUN_224 = "cxr-vae train configs/reference.yaml data.shards={work}/shards_224 run_dir={work}/run epochs=2"
@@ -57,6 +65,15 @@ TABLES: dict[str, list[str]] = {
         "python -m benchmarks.quality {work}/best_224 --out {work}/best_224.json",
         "cxr-vae train configs/reference.yaml data.shards={work}/shards_224 run_dir={work}/reference_224 epochs=10",
         "python -m benchmarks.quality {work}/reference_224 --priors standard --out {work}/reference_224.json",
+    ],
+    "parts-64px": [
+        SHARD_64,
+        *(
+            f"cxr-vae train configs/best_64px.yaml {AT_64_PX} run_dir={{work}}/parts/{name} epochs=6 {options}"
+            for name, options in PARTS.items()
+        ),
+        f"python -m benchmarks.quality {' '.join(f'{{work}}/parts/{name}' for name in PARTS)} --priors standard"
+        " --out {work}/parts.json",
     ],
     "quality-64px": [
         SHARD_64,
