@@ -74,6 +74,7 @@ def shards_of(data: Path | None, shards: Path, preprocessing: Preprocessing) -> 
 def measure(run: RunDir, options: Sequence[str], num_train: int) -> dict[str, Any]:
     """One row, from what `evaluate` and `audit` wrote and the distance to training images."""
     config = override_config(run.saved_config(), options, MAY_OVERRIDE)
+    num_train = min(num_train, len(open_split(config.data, config.data.train_split)))  # what the row will say
     results = evaluate(run, options)
     record = audit(run, options)
     network = config.evaluate.features
@@ -127,14 +128,13 @@ def training_facts(run: RunDir, config: Config) -> dict[str, Any]:
 
 
 def distance_to_training(run: RunDir, config: Config, num: int) -> float:
-    """Fréchet distance of `num` samples to as many training images, the same ones for all runs, or to all there are."""
-    index = open_split(config.data, config.data.train_split)
-    num = min(num, len(index))
+    """Fréchet distance of `num` samples to as many training images, the same ones for all runs."""
     options = [f"evaluate.num_generated={num}"]
     with world(config.device) as here:
         network = load_network(config.evaluate.features, here.device, config.evaluate.features_weights)
         samples = choose_samples(run, override_config(config, options, MAY_OVERRIDE), None, here)
         parts = [network(samples.fetch(start, min(start + BLOCK, num))).pooled for start in range(0, num, BLOCK)]
+        index = open_split(config.data, config.data.train_split)
         of_all = config.model_copy(update={"seed": 0})
         real = extract(real_images(index, num, of_all, None, usable_cache(run)), network, here)
     assert real is not None

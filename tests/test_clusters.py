@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.clusters import submitting
+from launch.stages import Stage
 from tests.helpers import TINY
 
 
@@ -62,3 +64,13 @@ def test_without_a_profile_it_says_how_little_it_asks_for(told: list[str], capsy
     assert "without --profile a node is asked for 1 ranks, 1 cores and 0 GPUs" in capsys.readouterr().out
     assert main(["train", *told, "--dry-run", "gpus_per_node=2", "cpus_per_process=3"]) == 0
     assert "a node is asked for 2 ranks, 6 cores and 2 GPUs" in capsys.readouterr().out
+
+
+def test_what_people_set_once_for_all_holds_where_the_profile_says_nothing(monkeypatch, tmp_path: Path) -> None:
+    ours = {"SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/etc/c"}
+    around = {"SBATCH_PARTITION": "long", "SBATCH_TIMELIMIT": "1", "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}
+    for name, value in (ours | around).items():
+        monkeypatch.setenv(name, value)
+    with submitting(Stage("report", ("report", "run"), run=tmp_path, output=tmp_path), {"partition": "gpu"}):
+        assert {name: os.environ.get(name) for name in ours | around} == ours | dict.fromkeys(around)
+    assert {name: os.environ[name] for name in ours | around} == ours | around
