@@ -27,7 +27,7 @@ def holder(directory: Path, seconds: float) -> "multiprocessing.process.BaseProc
     process = multiprocessing.get_context("spawn").Process(target=hold, args=(directory, seconds))
     process.start()
     lock = directory / ".lock"
-    while not lock.is_file() or not lock.read_text().endswith("\n"):
+    while process.is_alive() and not (lock.is_file() and lock.read_text().endswith("\n")):
         time.sleep(0.02)
     return process
 
