@@ -14,7 +14,16 @@ from PIL import Image
 
 from cxr_vae.config import DataConfig
 from cxr_vae.data import reader
-from cxr_vae.data.dataset import XrayDataset, choose_place, free_memory, num_bytes, open_dataset, open_split, read_ahead
+from cxr_vae.data.dataset import (
+    XrayDataset,
+    choose_place,
+    free_memory,
+    num_bytes,
+    open_dataset,
+    open_split,
+    read_ahead,
+    read_in_order,
+)
 from cxr_vae.data.images import decode_grey, to_square
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.reader import ShardReader
@@ -51,6 +60,16 @@ def test_batches_are_the_same_for_any_loading_and_workers(shards: Path, in_memor
         read = list(batches)
     assert len(read) == len(slices)
     assert all(torch.equal(batch, plain.images(rows)) for batch, rows in zip(read, slices, strict=True))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 70), (3, 40), (64, 70), (70, 70)])
+def test_rows_are_read_in_order_and_once(shards: Path, first: int, last: int) -> None:
+    dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=False, workers=3)
+    with read_in_order(dataset, first, last, 16) as batches:
+        read = list(batches)
+    assert [row for rows, _ in read for row in rows] == list(range(first, last))
+    for rows, images in read:
+        assert torch.equal(images, dataset.images(rows))
 
 
 def test_reading_ahead_is_bounded_and_can_be_broken_off(shards: Path) -> None:

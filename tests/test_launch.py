@@ -66,44 +66,37 @@ class TestInline:
     """On this terminal."""
 
     def test_a_pipeline_runs_every_stage_and_then_finds_it_done(self, source: Path, tmp_path: Path) -> None:
-        first = launch("pipeline", *options(source, tmp_path))
-        assert first.returncode == 0, first.stdout + first.stderr
-        stages = [line for line in first.stdout.splitlines() if line.startswith("──")]
-        assert stages == ["── shard ──", "── train ──", "── evaluate ──", "── report ──"]
-        assert "2 processes on cpu" in first.stdout
-        for made in (
-            "vae_final.safetensors",
-            "evaluation/evaluation_results.json",
-            "samples/epoch_0002.png",
-            "report.html",
-        ):
-            assert (tmp_path / "run" / made).is_file()
-            assert made in first.stdout
-        assert {one["state"] for one in states(tmp_path / "run").values()} == {"done"}
-        before = (tmp_path / "run" / "vae_final.safetensors").read_bytes()
-        again = launch("pipeline", *options(source, tmp_path))
-        assert again.returncode == 0, again.stderr
-        assert "going on from step-0000000010" in again.stdout
-        assert "already evaluated so" in again.stdout
-        assert (tmp_path / "run" / "vae_final.safetensors").read_bytes() == before
-
-    def test_a_pipeline_with_a_prior_evaluates_what_is_drawn_from_it(self, source: Path, tmp_path: Path) -> None:
         run, told = tmp_path / "run", options(source, tmp_path, *WITH_PRIOR)
         first = launch("pipeline", *told, "prior.epochs=3")
         assert first.returncode == 0, first.stdout + first.stderr
         stages = [line for line in first.stdout.splitlines() if line.startswith("──")]
         assert stages == ["── shard ──", "── train ──", "── prior ──", "── evaluate ──", "── report ──"]
         assert "15 steps of 14 images (3 epochs of 70), 2 processes on cpu" in first.stdout
+        for made in (
+            "vae_final.safetensors",
+            "priors/flow_matching.safetensors",
+            "evaluation/evaluation_results.json",
+            "samples/epoch_0001.png",
+            "report.html",
+        ):
+            assert (run / made).is_file()
+            assert made in first.stdout
         results = json.loads((run / "evaluation/evaluation_results.json").read_text())
         assert results["generated"]["prior"] == "flow_matching"
         assert (results["generated"]["num_steps"], results["generated"]["autoguidance"]) == (2, 1.5)
         known = states(run)
         assert [one["state"] for one in known.values()] == ["done"] * 5
         assert (known["train"]["step"], known["prior"]["step"], known["prior"]["checkpoint_step"]) == (5, 15, 15)
+        before = (run / "vae_final.safetensors").read_bytes()
+        again = launch("pipeline", *told, "prior.epochs=3")
+        assert again.returncode == 0, again.stderr
+        assert "going on from step-0000000005" in again.stdout
+        assert "already fitted so" in again.stdout
+        assert "already evaluated so" in again.stdout
+        assert (run / "vae_final.safetensors").read_bytes() == before
         assert "fitted prior" in launch("prior", *told, "prior.epochs=4").stdout  # not what was saved in the run
         assert load_config(run / "config.yaml").prior.epochs == 3
         assert states(run)["prior"]["step"] == 20
-        assert "already fitted so" in launch("prior", *told, "prior.epochs=4").stdout
 
     def test_it_stops_at_the_first_stage_that_fails(self, source: Path, tmp_path: Path) -> None:
         broken = shutil.copytree(source, tmp_path / "source")

@@ -140,6 +140,14 @@ def read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def read_in_order(dataset: ImageSource, first: int, last: int, size: int) -> Iterator[Iterator[tuple[range, Tensor]]]:
+    """The rows first … last - 1 by `size` and their images, read ahead."""
+    parts = [range(start, min(start + size, last)) for start in range(first, last, size)]
+    with read_ahead(dataset, iter(map(np.asarray, parts))) as batches:
+        yield zip(parts, batches, strict=True)
+
+
 def _in_order(pool: ThreadPoolExecutor, dataset: ImageSource, slices: Iterator[Rows], depth: int) -> Iterator[Tensor]:
     coming: deque[Callable[[], Tensor]] = deque()
     for rows in slices:

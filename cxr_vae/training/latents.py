@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cxr_vae.config import Config
 from cxr_vae.console import Progress
-from cxr_vae.data.dataset import Rows, XrayDataset, to_float
+from cxr_vae.data.dataset import Rows, XrayDataset, read_in_order, to_float
 from cxr_vae.data.index import SplitIndex
 from cxr_vae.distributed import World
 from cxr_vae.losses.elbo import LOGVAR_RANGE
@@ -29,10 +29,12 @@ def encode_split(model: VAE, dataset: XrayDataset, config: Config, here: World) 
     first, last = (block * BLOCK for block in here.slice(0, -(-num // BLOCK)))
     empty = torch.empty(0, *model.latent_shape)
     means, logvars = [empty], [empty]
-    with Progress(num, "encode", enabled=here.is_main) as progress:
-        for start in range(first, last, BLOCK):
-            images = to_float(dataset.images(range(start, min(start + BLOCK, num))), here.device)
-            mean, logvar = model.encode(images)
+    with (
+        Progress(num, "encode", enabled=here.is_main) as progress,
+        read_in_order(dataset, first, min(last, num), BLOCK) as batches,
+    ):
+        for _, images in batches:
+            mean, logvar = model.encode(to_float(images, here.device))
             means.append(mean.float().cpu())
             logvars.append(logvar.float().clamp(*LOGVAR_RANGE).cpu())
             progress.advance(len(images) * here.size)

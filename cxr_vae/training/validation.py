@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from cxr_vae.config import Config
-from cxr_vae.data.dataset import XrayDataset, to_float
+from cxr_vae.data.dataset import XrayDataset, read_in_order, to_float
 from cxr_vae.distributed import World
 from cxr_vae.losses.elbo import Losses, negative_elbo
 from cxr_vae.models import VAE
@@ -26,15 +26,15 @@ def test_losses(model: VAE, dataset: XrayDataset, config: Config, here: World) -
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=here.device)
     first, last = here.slice(0, len(dataset))
-    for start in range(first, last, BATCH):
-        stop = min(start + BATCH, last)
-        images = to_float(dataset.images(range(start, stop)), here.device)
-        noise = normal(config.seed, "test", start, stop, model.latent_shape, here.device)
-        with autocast(config.train.precision, here.device):
-            labels = dataset.labels(range(start, stop), here.device) if model.num_classes else None
-            output = model(images, noise, labels)
-        losses = negative_elbo(output, images, config.objective.likelihood)
-        sums += torch.stack([*(term.double().sum() for term in losses), sums.new_tensor(stop - start)])
+    with read_in_order(dataset, first, last, BATCH) as batches:
+        for rows, pixels in batches:
+            images = to_float(pixels, here.device)
+            noise = normal(config.seed, "test", rows.start, rows.stop, model.latent_shape, here.device)
+            with autocast(config.train.precision, here.device):
+                labels = dataset.labels(rows, here.device) if model.num_classes else None
+                output = model(images, noise, labels)
+            losses = negative_elbo(output, images, config.objective.likelihood)
+            sums += torch.stack([*(term.double().sum() for term in losses), sums.new_tensor(len(rows))])
     reconstruction, kl, count = here.sum_(sums).cpu()
     assert int(count) == len(dataset), "a test image was missed or counted twice"
     return Losses(reconstruction / count, kl / count)
