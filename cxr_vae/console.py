@@ -98,3 +98,8 @@ def outlive_full_log_disk() -> None:
 def clock(seconds: float) -> str:
     """`0:47`, `12:05`, `3:20:00`."""
     return str(tqdm.format_interval(seconds)).removeprefix("0")
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

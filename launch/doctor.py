@@ -11,13 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from cxr_vae.config import Config, ResourcesConfig
+from cxr_vae.console import counted
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.run_dir import git_revision
 from launch import probe, slurm_commands
 from launch.clusters import Slurm, submitting
+from launch.findings import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    Words,
+    by_node,
+    clock_finding,
+    folder_finding,
+    name_finding,
+    of_two_processes,
+    space_finding,
+    together_finding,
+    torch_finding,
+    torch_of_node,
+)
 from launch.logs import Tail
-from launch.probe import FAIL, OK, WARN, Finding, Probe, Words, counted
+from launch.probe import Probe
 from launch.profiles import Profile, gpus_of, load_profile, sbatch_options, shape_of
 from launch.rank import VISIBLE_S
 from launch.slurm_findings import controller_finding, of_slurm
@@ -49,7 +66,7 @@ def findings(where: str, profile: Profile, profile_name: str | None, nodes: int,
     """All checks, the cheap ones first."""
     yield from of_this_machine(folder, computes=where != "slurm")
     if where != "slurm":
-        yield probe.of_two_processes()
+        yield of_two_processes()
         return
     controller = controller_finding()
     yield controller
@@ -62,10 +79,10 @@ def of_this_machine(folder: Path, *, computes: bool) -> Iterator[Finding]:
     """What needs no queue."""
     yield Finding(OK, f"Python {platform.python_version()} at {sys.executable}")
     driver = probe.look_at_driver()
-    yield probe.torch_finding(probe.look_at_torch(), driver, driver["gpus"] if computes else None)
+    yield torch_finding(probe.look_at_torch(), driver, driver["gpus"] if computes else None)
     yield weights_finding()
     there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.is_dir())
-    yield probe.space_finding(f"{folder} has", shutil.disk_usage(there).free / 1e9)
+    yield space_finding(f"{folder} has", shutil.disk_usage(there).free / 1e9)
     yield code_finding(git_revision())
 
 
@@ -142,7 +159,7 @@ class Trial:
             (folder / f"rank{rank}").write_text("to be replaced")
         lock = DirectoryLock(folder)
         self.job = self.submit()
-        yield Finding(OK, f"job {self.job} is queued, to look at {counted(self.stage.nodes)}")
+        yield Finding(OK, f"job {self.job} is queued, to look at {counted(self.stage.nodes, 'node')}")
         trouble = self.wait()
         lock.release()
         if trouble is not None:
@@ -211,17 +228,17 @@ class Trial:
         folder, num_ranks = self.stage.run.parent, self.stage.num_ranks
         silent = self.stage.nodes - len(reports)
         if silent:
-            yield self.failed(f"{silent} of {counted(self.stage.nodes)} left no word")
-        yield from probe.by_node(reports, lambda one: Finding(OK, f"Python {one['node']['python']}"))
-        yield from probe.by_node(reports, lambda one: probe.torch_of_node(one, gpus))
-        yield from probe.by_node(reports, lambda one: probe.folder_finding(one, folder, self.token))
-        yield from probe.by_node(reports, lambda one: probe.clock_finding(one, self.waiting_at))
+            yield self.failed(f"{silent} of {counted(self.stage.nodes, 'node')} left no word")
+        yield from by_node(reports, lambda one: Finding(OK, f"Python {one['node']['python']}"))
+        yield from by_node(reports, lambda one: torch_of_node(one, gpus))
+        yield from by_node(reports, lambda one: folder_finding(one, folder, self.token))
+        yield from by_node(reports, lambda one: clock_finding(one, self.waiting_at))
         torch = [one.get("torch", {}) for one in reports.values()]
         if num_ranks > 1 and torch and not any("error" in one for one in torch):
-            yield from probe.by_node(reports, probe.name_finding)
-            yield probe.together_finding("gloo", self.words.together["gloo"], num_ranks)
+            yield from by_node(reports, name_finding)
+            yield together_finding("gloo", self.words.together["gloo"], num_ranks)
             if any(one.get("gpus") for one in torch):
-                yield probe.together_finding("nccl", self.words.together["nccl"], num_ranks)
+                yield together_finding("nccl", self.words.together["nccl"], num_ranks)
 
     def end(self) -> None:
         """Leaves neither job nor files, but for the log of one that went wrong."""

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 
 from launch import slurm_commands
-from launch.probe import FAIL, OK, WARN, Finding
+from launch.findings import FAIL, OK, WARN, Finding
 from launch.profiles import Profile
 
 SHORT_S = 30.0

@@ -15,6 +15,7 @@ import psutil
 
 from cxr_vae.config import Config, ResourcesConfig, check_batch
 from cxr_vae.config_file import dump_config, load_config
+from cxr_vae.console import counted
 from cxr_vae.data.index import MANIFEST
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
@@ -51,7 +52,8 @@ class Submission:
         made = cls(config, where, arguments.profile, profile, sbatch_of(arguments.sbatch))
         if where == "slurm" and arguments.profile is None:  # nobody should wait for a training on one core unawares
             size, gpus = made.shape, gpus_of(config, profile)
-            each = f"{size.ranks_per_node} ranks, {size.ranks_per_node * size.cpus_per_rank} cores and {gpus} GPUs"
+            ranks, cores = size.ranks_per_node, size.ranks_per_node * size.cpus_per_rank
+            each = f"{counted(ranks, 'rank')}, {counted(cores, 'core')} and {counted(gpus, 'GPU')}"
             print(f"without --profile a node is asked for {each}, as `resources` says", flush=True)
         return made
 

@@ -61,7 +61,7 @@ def test_jobs_that_compute_nothing_ask_for_one_gpu_where_they_must(
 
 def test_without_a_profile_it_says_how_little_it_asks_for(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *told, "--dry-run"]) == 0
-    assert "without --profile a node is asked for 1 ranks, 1 cores and 0 GPUs" in capsys.readouterr().out
+    assert "without --profile a node is asked for 1 rank, 1 core and 0 GPUs" in capsys.readouterr().out
     assert main(["train", *told, "--dry-run", "gpus_per_node=2", "cpus_per_process=3"]) == 0
     assert "a node is asked for 2 ranks, 6 cores and 2 GPUs" in capsys.readouterr().out
 

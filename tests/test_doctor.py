@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from launch import doctor, probe, slurm_findings
-from launch.probe import FAIL, OK, WARN, Finding, Words
+from launch.findings import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    Words,
+    by_node,
+    clock_finding,
+    folder_finding,
+    name_finding,
+    together_finding,
+    torch_finding,
+)
 from launch.profiles import Profile
 from tests.helpers import command, environment
 from tests.slurm_helpers import SlurmCluster
@@ -233,7 +245,7 @@ class TestGpus:
     def test_what_nvidia_smi_prints(self) -> None:
         assert DRIVER == {"gpus": 2, "name": "NVIDIA A100-SXM4-40GB", "cuda": "12.4"}
         assert probe.read_smi("", "") == {"gpus": 0, "name": "", "cuda": None}
-        found = probe.torch_finding(TORCH, DRIVER, 2)
+        found = torch_finding(TORCH, DRIVER, 2)
         assert str(found) == "ok   torch 2.15.0 for CUDA 12.6, 2 GPUs (NVIDIA A100-SXM4-40GB)"
 
     @pytest.mark.parametrize(
@@ -246,14 +258,14 @@ class TestGpus:
     )
     def test_gpus_that_torch_can_not_use(self, changed: dict[str, object], words: str) -> None:
         torch = TORCH | changed
-        assert words in str(probe.torch_finding(torch, DRIVER, 2))
-        assert probe.torch_finding(torch, DRIVER, 2).level == FAIL
-        assert probe.torch_finding(torch, DRIVER, None).level == WARN  # a login node: jobs run elsewhere
-        assert probe.torch_finding(torch, DRIVER, 0).level == OK
+        assert words in str(torch_finding(torch, DRIVER, 2))
+        assert torch_finding(torch, DRIVER, 2).level == FAIL
+        assert torch_finding(torch, DRIVER, None).level == WARN  # a login node: jobs run elsewhere
+        assert torch_finding(torch, DRIVER, 0).level == OK
 
     def test_no_nccl_and_no_gpu_where_some_are_asked_for(self) -> None:
-        assert "no NCCL" in probe.torch_finding(TORCH | {"nccl": False}, DRIVER, 2).text
-        none = probe.torch_finding(TORCH | {"gpus": 0}, probe.read_smi("", ""), 4)
+        assert "no NCCL" in torch_finding(TORCH | {"nccl": False}, DRIVER, 2).text
+        none = torch_finding(TORCH | {"gpus": 0}, probe.read_smi("", ""), 4)
         assert str(none).startswith("FAIL 4 GPUs asked for, nvidia-smi sees none → look at gpu_option")
 
 
@@ -262,23 +274,23 @@ class TestWhatNodesTell:
         words = Words()
         lines = [f'{{"rank": {n}, "node": "node{n}", "what": "node", "python": "3.11", "time": 0}}' for n in range(6)]
         words.take([*lines[:5], lines[5].replace("3.11", "3.9"), "srun: error: a nuisance", ""], seen=1.0)
-        found = probe.by_node(words.reports, lambda one: Finding(OK, one["node"]["python"]))
+        found = by_node(words.reports, lambda one: Finding(OK, one["node"]["python"]))
         assert [finding.text for finding in found] == ["node0, node1 and 3 others: 3.11", "node5: 3.9"]
         assert words.last_noise(Path("no logs")) == " (it says: srun: error: a nuisance)"
 
     def test_clocks(self) -> None:
         def level(said: float) -> str:
-            return probe.clock_finding({"node": {"time": said, "seen": 1010.0}}, waiting_at=1000.0).level
+            return clock_finding({"node": {"time": said, "seen": 1010.0}}, waiting_at=1000.0).level
 
         assert [level(said) for said in (990, 999, 1005, 1012, 1020)] == [WARN, OK, OK, OK, WARN]
-        behind = probe.clock_finding({"node": {"time": 900.0, "seen": 1010.0}}, waiting_at=1000.0)
+        behind = clock_finding({"node": {"time": 900.0, "seen": 1010.0}}, waiting_at=1000.0)
         assert behind.text == "its clock is 100 s or more behind this one"
 
     def test_folders(self, tmp_path: Path) -> None:
         good = {"token": "a", "visible_after": 0.0, "locked": True, "free_gb": 99.0}
 
         def finding(**facts: object) -> str:
-            return str(probe.folder_finding({"folder": good | facts}, tmp_path, "a"))
+            return str(folder_finding({"folder": good | facts}, tmp_path, "a"))
 
         assert finding() == f"ok   sees {tmp_path}, what it writes shows here, locks hold, 99 GB free"
         assert finding(token="b").startswith(f"FAIL {tmp_path} is not there as it is here (other files) → take")
@@ -298,16 +310,16 @@ class TestWhatNodesTell:
 
     def test_ranks_that_do_not_answer(self) -> None:
         good = {"rank": 0, "node": "node1", "together": 2.0, "interfaces": ["ib0"]}
-        assert probe.together_finding("nccl", [good, good | {"rank": 1, "node": "node2"}], 2) == Finding(
+        assert together_finding("nccl", [good, good | {"rank": 1, "node": "node2"}], 2) == Finding(
             OK, "NCCL: 2 ranks on 2 nodes added up through ib0"
         )
-        silent = probe.together_finding("nccl", [good], 2)
+        silent = together_finding("nccl", [good], 2)
         assert silent.text == "NCCL: 1 of 2 ranks gave no answer"
         assert "NCCL_SOCKET_IFNAME" in silent.remedy
 
     def test_an_unknown_name(self) -> None:
         assert probe.look_up("no-such-machine.invalid") == ""
-        assert probe.name_finding({"network": {"first": "node1", "its_ip": ""}}).level == FAIL
+        assert name_finding({"network": {"first": "node1", "its_ip": ""}}).level == FAIL
 
 
 def test_uncommitted_changes() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cxr_vae.console import counted
 from cxr_vae.files import write_atomically
 from cxr_vae.inspection.duplicates import CANDIDATE_CORRELATION, NEAR_CORRELATION, equal_groups, near_pairs
-from cxr_vae.inspection.findings import Cell, Finding, Part, Table, counted
+from cxr_vae.inspection.findings import Cell, Finding, Part, Table
 from cxr_vae.inspection.survey import Survey
 
 KINDS = {"same file": "the same file", "same pixels": "the same pixels in other files", "near": "near copies"}

@@ -55,8 +55,3 @@ def as_record(parts: Sequence[Part]) -> dict[str, Any]:
     for part in parts:
         record |= part.facts
     return record
-
-
-def counted(count: int, one: str, many: str | None = None) -> str:
-    """`1 image`, `2 images`."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_vae import __version__
+from cxr_vae.console import counted
 from cxr_vae.data.images import colour_mode
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.sources import patient_of
 from cxr_vae.errors import UserError
 from cxr_vae.files import write_json
 from cxr_vae.inspection.duplicate_list import find_duplicates, save_pairs
-from cxr_vae.inspection.findings import Cell, Finding, Part, Table, as_record, as_text, counted
+from cxr_vae.inspection.findings import Cell, Finding, Part, Table, as_record, as_text
 from cxr_vae.inspection.survey import Survey, survey
 
 RECORD, PICTURE = "inspection.json", "inspection_duplicates.png"
