@@ -5,177 +5,13 @@ images, splits, content of the splits and, of losses, likelihood of the pixels. 
 table of their own, with the reason.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from cxr_vae.evaluation.image_sets import drawn_in_words
-from cxr_vae.report.inputs import FigureRecord, Inputs, Results, negative_elbo
-
-LOWER, HIGHER = "lower is better", "higher is better"
-
-KNOWN = {
-    "fid": ("FID", LOWER),
-    "fid_infinity": ("FID∞", LOWER),
-    "kid": ("KID", LOWER),
-    "inception_score": ("Inception Score", ""),
-    "frechet": ("Fréchet distance", LOWER),
-    "frechet_infinity": ("Fréchet distance, extrapolated", LOWER),
-    "kernel": ("Kernel distance", LOWER),
-    "score": ("Score of classes", ""),
-    "precision": ("Precision", HIGHER),
-    "recall": ("Recall", HIGHER),
-    "density": ("Density", HIGHER),
-    "coverage": ("Coverage", HIGHER),
-    "psnr_db": ("PSNR, dB", HIGHER),
-    "ssim": ("SSIM", HIGHER),
-    "negative_elbo_nats": ("Negative ELBO, nats an image", LOWER),
-    "reconstruction_nats": ("Reconstruction, nats an image", LOWER),
-    "kl_nats": ("KL, nats an image", ""),
-    "importance_bound_nats": ("Importance-weighted bound, nats an image", LOWER),
-    "bits_per_dim": ("Bits per dimension", LOWER),
-    "active_units": ("Active latent units", ""),
-}
-"""Titles, and which way is better where one is."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What stands in a table: text, and smaller text below it."""
-
-    text: str
-    note: str = ""
-    is_number: bool = True
-    is_best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table on a page; the first cell of a row is its heading."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[Cell]]
-    note: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
-    """Its circumstances, by name."""
-
-
-Group = tuple[list[Inputs], dict[str, str]]
-"""Runs that may stand in one table, and the circumstances they share."""
-
-
-def describe(name: str) -> tuple[str, str]:
-    """A figure's title and which way is better; `frechet_random` is `Fréchet distance, random features`."""
-    known = max((one for one in KNOWN if name == one or name.startswith(f"{one}_")), key=len, default=None)
-    if known is None:
-        return name.replace("_", " "), ""
-    title, better = KNOWN[known]
-    rest = name[len(known) + 1 :]
-    return f"{title}{f', {rest} features' if rest else ''}", better
-
-
-def number(value: float | int | bool | str | None) -> Cell:
-    """A number as text, a text as it is, nothing as a dash."""
-    if value is None:
-        return Cell("–", is_number=False)
-    if isinstance(value, bool):
-        return Cell("yes" if value else "no", is_number=False)
-    if isinstance(value, str):
-        return Cell(value, is_number=False)
-    return Cell(f"{value:,}".replace(",", " ") if isinstance(value, int) else brief(value))
-
-
-def brief(value: float, low_high: tuple[float, float] | None = None) -> str:
-    """A number with the digits that count: two of its interval's half, four where there is none."""
-    half = 0.0 if low_high is None else (low_high[1] - low_high[0]) / 2
-    if not math.isfinite(value) or not math.isfinite(half):
-        return str(value)
-    if half <= 0:
-        text = f"{value:.4g}"
-        text = f"{value:.0f}" if "e+" in text and abs(value) < 1e9 else text
-    elif max(abs(value), half) < 1e-3:
-        text = f"{value:.1e}".replace("e-0", "e-")
-    else:
-        text = f"{value:.{max(0, 1 - math.floor(math.log10(half)))}f}"
-    return text.replace("-", "−")
-
-
-def interval(low_high: tuple[float, float] | None) -> str:
-    """`3.1 … 3.5`; empty where there is none."""
-    return "" if low_high is None else f"{brief(low_high[0], low_high)} … {brief(low_high[1], low_high)}"
-
-
-def measured(value: float | None, low_high: tuple[float, float] | None) -> Cell:
-    """A figure, rounded as its interval asks for."""
-    return number(None) if value is None else Cell(brief(value, low_high))
-
-
-def words(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Circumstances as texts, without those that are not known."""
-    return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-def circumstances(results: Results) -> dict[str, str]:
-    """All that has to be equal for two figures of samples to be compared."""
-    evaluate = results.request.get("evaluate", {})
-    return words(
-        {
-            "feature network": results.features.get("network"),
-            "its weights, SHA-256": results.features.get("weights_sha256"),
-            "its code, SHA-256": results.features.get("code_sha256"),
-            "dtype": results.features.get("dtype"),
-            "resize": results.features.get("resize"),
-            "image size": results.image_size,
-            "generated images": results.num_generated,
-            "real images": results.num_real,
-            "real split": results.real.get("split"),
-            "its index, SHA-256": results.real.get("index_sha256"),
-            "which of its images, SHA-256": results.real.get("rows_sha256"),
-            "floor images": results.num_floor,
-            "floor split": results.floor.get("split"),
-            "its index, SHA-256 (floor)": results.floor.get("index_sha256"),
-            "parts of the score": evaluate.get("is_splits"),
-            "images of a kernel distance's subset": evaluate.get("kid_subset_size"),
-        }
-    )
-
-
-def of_samples(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, str]]:
-    """Figures of generated images."""
-    return results.figures, circumstances(results)
-
-
-def of_reconstructions(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, str]]:
-    """Figures of reconstructed real images; generated ones and the floor have no part in them."""
-    if results.reconstructions is None:
-        return {}, {}
-    facts = circumstances(results) | words({"reconstructed images": results.reconstructions.num})
-    others = ("generated", "floor", "(floor)", "parts", "real images")
-    return results.reconstructions.figures, {
-        name: fact for name, fact in facts.items() if not name.startswith(others) and not name.endswith("(floor)")
-    }
-
-
-def of_likelihood(results: Results) -> tuple[Mapping[str, FigureRecord], dict[str, str]]:
-    """Bounds on the likelihood of real images; no feature network has a part in them."""
-    facts = circumstances(results)
-    kept = ("image size", "real images", "real split", "its index, SHA-256", "which of its images, SHA-256")
-    own = {
-        "pixel likelihood": results.pixel_likelihood,
-        "latents of the importance-weighted bound": results.latent.get("importance_samples"),
-    }
-    return results.likelihood or {}, {name: facts[name] for name in kept if name in facts} | words(own)
-
-
-Kind = Callable[[Results], tuple[Mapping[str, FigureRecord], dict[str, str]]]
-
-KINDS: dict[str, Kind] = {
-    "Samples": of_samples,
-    "Reconstructions of real images": of_reconstructions,
-    "Likelihood": of_likelihood,
-}
+from cxr_vae.report.cells import LOWER, Cell, Table, describe, interval, measured, number
+from cxr_vae.report.comparable import KINDS, Kind, grouped, losses_circumstances, of_likelihood, of_samples, why_apart
+from cxr_vae.report.inputs import Inputs, Results, negative_elbo
 
 
 def figure_tables(results: Results) -> list[Table]:
@@ -226,33 +62,6 @@ def fewer_note(results: Results, kind: Kind = of_samples) -> str:
             f"{number(max(fewer)).text} images of each set."
         )
     return " ".join(said)
-
-
-def grouped(runs: Sequence[Inputs], facts_of: Callable[[Inputs], dict[str, str]]) -> list[Group]:
-    """Runs by their circumstances, in the order in which these first appear."""
-    groups: list[Group] = []
-    for run in runs:
-        facts = facts_of(run)
-        for members, shared in groups:
-            if shared == facts:
-                members.append(run)
-                break
-        else:
-            groups.append(([run], facts))
-    return groups
-
-
-def why_apart(facts: Mapping[str, str], first: Mapping[str, str]) -> str:
-    """What keeps a group from being compared with the first: `feature network random, not inception`."""
-    names = [name for name in {**first, **facts} if facts.get(name) != first.get(name)]
-    return "; ".join(f"{name} {short(facts.get(name))}, not {short(first.get(name))}" for name in names)
-
-
-def short(fact: str | None) -> str:
-    """A fact in a sentence: the first digits of a hash, `unknown` for None."""
-    if fact is None:
-        return "unknown"
-    return f"{fact[:12]}…" if len(fact) == 64 and fact.isalnum() else fact
 
 
 def comparison_tables(runs: Sequence[Inputs]) -> list[Table]:
@@ -316,20 +125,6 @@ def best_of(values: Sequence[float | None], better: str) -> int | None:
         return None
     choose = min if better == LOWER else max
     return choose(known, key=lambda place: values[place] or 0.0)
-
-
-def losses_circumstances(run: Inputs) -> dict[str, str]:
-    """All that has to be equal for two test losses to be compared."""
-    split = str(run.config.get("data.test_split", "test"))
-    return words(
-        {
-            "image size": run.config.get("data.image_size"),
-            "test split": split,
-            "its index, SHA-256": run.index_hashes.get(split),
-            "pixel likelihood": run.config.get("objective.likelihood"),
-            "KL weight": run.config.get("objective.kl_weight"),
-        }
-    )
 
 
 def losses_tables(runs: Sequence[Inputs]) -> list[Table]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cxr_vae.checkpoints.manifest import MANIFEST, published
-from cxr_vae.report.figures import Cell, Table, brief, describe, interval, number
+from cxr_vae.report.cells import Cell, Table, brief, describe, interval, number
 from cxr_vae.report.inputs import Facts, Inputs, Results, read_checked, read_optional
 from cxr_vae.training.run_log import read_records
 

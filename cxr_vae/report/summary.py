@@ -7,7 +7,8 @@ from tabulate import tabulate
 
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.evaluation.image_sets import drawn_in_words
-from cxr_vae.report.figures import Table, fewer_note, figure_tables, losses_tables
+from cxr_vae.report.cells import Table
+from cxr_vae.report.figures import fewer_note, figure_tables, losses_tables
 from cxr_vae.report.inputs import Inputs, Results, negative_elbo
 from cxr_vae.run_dir import RunDir
 
