@@ -16,7 +16,6 @@ from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.run_dir import git_revision
 from launch import probe, slurm_commands
-from launch.clusters import Slurm, submitting
 from launch.findings import (
     FAIL,
     OK,
@@ -38,6 +37,7 @@ from launch.probe import Probe
 from launch.profiles import Profile, gpus_of, load_profile, sbatch_options, shape_of
 from launch.rank import VISIBLE_S
 from launch.slurm_findings import controller_finding, of_slurm
+from launch.slurm_queue import Slurm, submitting
 from launch.stages import Stage
 
 MINUTES = 5

@@ -21,8 +21,9 @@ from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
 from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
-from launch.clusters import Cluster, Inline, Local, Slurm
+from launch.clusters import Cluster, Inline, Local
 from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_of, sbatch_options, shape_of
+from launch.slurm_queue import Slurm
 from launch.stages import Shape, Stage, stages_of
 from launch.status import running_job
 from launch.sweeps import combinations, grid_of, name_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.clusters import submitting
+from launch.slurm_queue import submitting
 from launch.stages import Stage
 from tests.helpers import TINY
 
