@@ -200,7 +200,10 @@ def _add_audit(commands: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="PNGs to look at (default: the run's evaluation's, or new ones)"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="PNGs to look at (default: the evaluation's if drawn alike)",
     )
     parser.add_argument(
         "--held-out", metavar="SPLIT", help="of images the model never saw (default: evaluate.real_split)"

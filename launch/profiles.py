@@ -15,7 +15,11 @@ FOLDER = Path("configs/cluster")
 
 OURS = {
     "nodes": "set resources.nodes",
+    "ntasks": "set resources.nodes and resources.processes_per_node",
     "ntasks-per-node": "set resources.processes_per_node",
+    "gpus": "set resources.gpus_per_node",
+    "gpus-per-node": "set resources.gpus_per_node",
+    "gpus-per-task": "set resources.gpus_per_node",
     "cpus-per-task": "set resources.cpus_per_process",
     "time": "set resources.hours",
     "signal": "set signal_delay_s in the cluster profile",

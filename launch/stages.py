@@ -114,7 +114,7 @@ def shard_stage(config: Config, resources: Shape) -> Stage | None:
 
 def prior_arguments(config: Config) -> tuple[str, ...]:
     """Of the fit of the configuration's prior to the run, which may have been trained with another in its own."""
-    free = ("device", "data.shards", "data.workers", "data.loading")
+    free = (*places(config), "device", "data.workers", "data.loading")
     of_loop = ("train.cuda_graph", "train.log_every", "train.max_minutes")
     keys = (*names_in(config, "prior"), *names_in(config, "checkpoint"), *free, *of_loop)
     return ("prior", config.run_dir, *settings(config, *keys))
@@ -124,8 +124,13 @@ def evaluate_arguments(config: Config) -> tuple[str, ...]:
     """Of the evaluation of the run with the configuration's options for it, and for what images are drawn from."""
     return (
         *("evaluate", config.run_dir),
-        *settings(config, *names_in(config, "evaluate"), *PRIOR_OPTIONS, "device", "data.shards"),
+        *settings(config, *names_in(config, "evaluate"), *PRIOR_OPTIONS, *places(config), "device"),
     )
+
+
+def places(config: Config) -> tuple[str, ...]:
+    """Where the run's data are now."""
+    return ("data.shards", *(["data.split_file"] if config.data.split_file is not None else []))
 
 
 def names_in(config: Config, section: str) -> list[str]:

@@ -106,8 +106,15 @@ class Submission:
                     f"{run.path} has a {stage.name} job already ({other.job}, {other.state}): wait for it, or end "
                     f"it with `cxr-launch cancel {run.path}`"
                 )
+        source = self.config.data.source
+        if "shard" in names and not Path(source or "").is_dir():
+            raise UserError(f"data.source={source} is no folder here: name that of the images, split/class/*.jpeg")
         if "train" in names:
             shards = self.config.data.shards
+            if self.where != "slurm":  # a node may have another compiler
+                from cxr_vae.training.compilation import check_compiler
+
+                check_compiler(self.config.train.compile)
             if "shard" not in names and not (Path(shards) / MANIFEST).is_file():
                 raise UserError(f"data.shards={shards} holds no shards: write them with cxr-launch shard")
         if {"prior", "evaluate"} & set(names) and "train" not in names and not run.weights.is_file():

@@ -23,8 +23,16 @@ class TestDryRun:
         assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m cxr_vae train" in train
         assert "-m cxr_vae evaluate" in evaluate
         assert "evaluate.num_generated=20" in evaluate
+        assert "data.split_file" not in prior + evaluate
         assert report.endswith(f"-m cxr_vae report {tmp_path / 'run'}")
         assert list(tmp_path.iterdir()) == []
+
+    def test_later_stages_are_told_where_the_split_file_is_now(self, source: Path, tmp_path: Path) -> None:
+        moved = f"data.split_file={tmp_path / 'moved.csv'}"
+        result = launch("pipeline", *options(source, tmp_path, "prior.name=gmm", moved), "--dry-run")
+        _, _, prior, evaluate, _ = result.stdout.splitlines()
+        assert moved in prior
+        assert moved in evaluate
 
     def test_for_slurm_it_prints_the_scripts_in_order(self, source: Path, tmp_path: Path) -> None:
         asked = ["prior.name=gmm", "nodes=2", "gpus_per_node=4", "processes_per_node=null", "memory_gb=64", "hours=2"]

@@ -99,3 +99,4 @@ def test_compiling_needs_a_compiler(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = cxr_vae(*arguments(shards, tmp_path / "run", "compile=max"), PATH=str(tmp_path / "empty"))
     check_sentence(result, "train.compile=max needs a C++ compiler and there is no g++: install one, or use off")
+    assert not (tmp_path / "run" / "config.yaml").exists()

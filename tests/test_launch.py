@@ -269,6 +269,18 @@ class TestMistakes:
         check_sentence(result, "cxr-vae fetch-weights", "features=random", program="cxr-launch")
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_source_that_is_not_there(self, source: Path, tmp_path: Path) -> None:
+        result = launch("pipeline", *options(source / "nowhere", tmp_path))
+        check_sentence(result, f"data.source={source / 'nowhere'} is no folder here", program="cxr-launch")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_pipeline_that_could_not_compile(self, source: Path, tmp_path: Path) -> None:
+        call = command("cxr-launch", "pipeline", *options(source, tmp_path, "compile=default"), "--cluster=inline")
+        nothing = environment(PATH="/nowhere", CXX="")
+        result = subprocess.run(call, env=nothing, capture_output=True, text=True, check=False)
+        check_sentence(result, "train.compile=default needs a C++ compiler", program="cxr-launch")
+        assert list(tmp_path.iterdir()) == []
+
     def test_nothing_to_shard(self, tmp_path: Path) -> None:
         result = launch("pipeline", "configs/reference.yaml", f"data.shards={tmp_path}", f"run_dir={tmp_path / 'r'}")
         check_sentence(result, "data.source is not set", program="cxr-launch")

@@ -19,7 +19,7 @@ class EvaluateConfig(Section):
         "random; or a function of yours, package.module:function",
     )
     features_weights: PathText | None = Field(None, description="weights file of a network of yours")
-    temperature: float = Field(1.0, gt=0, description="standard deviation of the latents that are generated from")
+    temperature: float = Field(1.0, gt=0, description="standard deviation of the noise that images are drawn from")
     importance_samples: int = Field(16, ge=1, description="latents an image of the importance-weighted bound")
     is_splits: int = Field(10, ge=1, description="parts the Inception Score is averaged over")
     kid_subset_size: int = Field(1000, ge=2, description="images a KID subset (all, where there are fewer)")

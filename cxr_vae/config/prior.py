@@ -12,7 +12,8 @@ class PriorConfig(Section):
 
     name: Literal["standard", "gmm", "flow", "flow_matching"] = Field(
         "standard",
-        description="standard: N(0, 1), nothing to fit; gmm, flow: for latent vectors; flow_matching: for spatial ones",
+        description="standard: N(0, 1), with the shares of the classes if the decoder is told them; gmm, flow: for "
+        "latent vectors; flow_matching: for spatial ones",
     )
     class_conditional: bool = Field(
         True, description="learn each class of the training split, to draw from one of them"

@@ -19,8 +19,12 @@ class ResourcesConfig(Section):
 
     nodes: int = Field(1, ge=1, description="machines")
     processes_per_node: int | None = Field(None, ge=1, description="ranks a machine; null: one a GPU, else one")
-    gpus_per_node: int | None = Field(None, ge=0, description="GPUs a machine; null: all it has")
-    cpus_per_process: int | None = Field(None, ge=1, description="cores a rank; null: its share of the machine's")
+    gpus_per_node: int | None = Field(
+        None, ge=0, description="GPUs a machine; null: all of it, in Slurm all of the profile"
+    )
+    cpus_per_process: int | None = Field(
+        None, ge=1, description="cores a rank, in Slurm; null: its share of the profile's"
+    )
     memory_gb: int | None = Field(None, ge=1, description="memory a machine; null: all the cluster profile gives")
     hours: float | None = Field(
         None, gt=0, description="time limit of a job, after which it queues again; null: the profile's longest, or 24"

@@ -27,13 +27,17 @@ def share_compiled() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
+def check_compiler(choice: str) -> None:
+    """Raises UserError where `train.compile` asks for what needs a compiler, and there is none."""
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+    if choice != "off" and not any(shutil.which(name) for name in compilers):
+        raise UserError(f"train.compile={choice} needs a C++ compiler and there is no g++: install one, or use off")
+
+
 def compiled(model: nn.Module, choice: str) -> nn.Module:
-    """`model` as `train.compile` asks; UserError without a compiler."""
+    """`model` as `train.compile` asks."""
     if choice == "off":
         return model
-    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
-    if not any(shutil.which(name) for name in compilers):
-        raise UserError(f"train.compile={choice} needs a C++ compiler and there is no g++: install one, or use off")
     return cast(nn.Module, torch.compile(model, mode=MODES[choice], dynamic=False))
 
 

@@ -26,7 +26,7 @@ from cxr_vae.heartbeat import Heartbeat
 from cxr_vae.precision import advise, check_precision
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
-from cxr_vae.training.compilation import compiled, profiler
+from cxr_vae.training.compilation import check_compiler, compiled, profiler
 from cxr_vae.training.efficiency import efficiency, in_a_line
 from cxr_vae.training.guard import Outcome, UnseenOutcomes, describe_nonfinite
 from cxr_vae.training.run_log import RunLog
@@ -47,6 +47,7 @@ class Loop(ABC):
         """Takes the run directory, opens the data, builds the network and loads the newest checkpoint."""
         check_batch(config, here.size)
         check_precision(config.train.precision, here.device)
+        check_compiler(config.train.compile)
         self.config, self.run, self.here = config, run, here
         self.lock = run.take(config) if here.is_main else None
         self.train_set, self.test_set = self.open_sets()
