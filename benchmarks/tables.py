@@ -89,10 +89,14 @@ TABLES: dict[str, list[str]] = {
         f"python -m benchmarks.quality {' '.join(BEST)} --out {{work}}/best.json",
         f"python -m benchmarks.quality {' '.join(REFERENCE)} --priors standard gmm --out {{work}}/reference.json",
         *(
-            f"cxr-vae generate {BEST[0]} --num {count} --label {label} --out {{work}}/made/{label}"
-            for label, count in (("NORMAL", 1341), ("PNEUMONIA", 3875))
+            command
+            for seed, best in zip(SEEDS, BEST, strict=True)
+            for command in (
+                f"cxr-vae generate {best} --num 1341 --label NORMAL --out {{work}}/made-{seed}/NORMAL",
+                f"cxr-vae generate {best} --num 3875 --label PNEUMONIA --out {{work}}/made-{seed}/PNEUMONIA",
+                f"python -m benchmarks.usefulness --generated {{work}}/made-{seed} --shards {{work}}/shards_64 --seeds 1",
+            )
         ),
-        "python -m benchmarks.usefulness --generated {work}/made --shards {work}/shards_64 --seeds 3",
     ],
 }
 """By the name of its file in benchmarks/results, without the date."""
