@@ -17,7 +17,7 @@ from pathlib import Path
 
 SEEDS = (0, 1, 2)
 BEST, REFERENCE = ([f"{{work}}/{name}-{seed}" for seed in SEEDS] for name in ("best", "reference"))
-AT_64_PX = "data.shards={work}/shards_64"
+AT_64_PX, OF_64_PX = "data.shards={work}/shards_64", "--shards {work}/shards_64"
 LIKE_BEST = f"{AT_64_PX} image_size=64 epochs=24 precision=bf16"
 
 PARTS = {
@@ -94,7 +94,7 @@ TABLES: dict[str, list[str]] = {
             for command in (
                 f"cxr-vae generate {best} --num 1341 --label NORMAL --out {{work}}/made-{seed}/NORMAL",
                 f"cxr-vae generate {best} --num 3875 --label PNEUMONIA --out {{work}}/made-{seed}/PNEUMONIA",
-                f"python -m benchmarks.usefulness --generated {{work}}/made-{seed} --shards {{work}}/shards_64 --seeds 1",
+                f"python -m benchmarks.usefulness --seeds 1 --generated {{work}}/made-{seed} {OF_64_PX}",
             )
         ),
     ],

@@ -226,6 +226,9 @@ class Trial:
         """What follows from the words of the ranks."""
         reports = {node: report for node, report in self.words.reports.items() if "node" in report}
         folder, num_ranks = self.stage.run.parent, self.stage.num_ranks
+        same_disk = [one["folder"] for one in reports.values() if one.get("folder", {}).get("token") == self.token]
+        for facts in same_disk:  # looked at at different moments
+            facts["free_gb"] = min(one["free_gb"] for one in same_disk)
         silent = self.stage.nodes - len(reports)
         if silent:
             yield self.failed(f"{silent} of {counted(self.stage.nodes, 'node')} left no word")

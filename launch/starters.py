@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -222,7 +223,7 @@ def own_address() -> str:
 
 def free_port() -> int:
     """A port that nobody here listens on, outside of the range from which Linux takes those of connections."""
-    first = os.getpid() * 7919
+    first = secrets.randbelow(12000)  # not by the process's number: in containers that share a network they are alike
     for number in range(12000):
         port = 20000 + (first + number * 31) % 12000
         with socket.socket() as candidate:

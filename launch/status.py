@@ -1,5 +1,6 @@
 """How runs stand: from the files of their jobs and their heartbeats, with what Slurm's queue and accounting add."""
 
+import contextlib
 import shutil
 import socket
 import sys
@@ -258,7 +259,10 @@ def of_training(run: RunDir) -> dict[str, Any]:
     keys = ("step", "num_steps", "loss_nats", "test_loss_nats", "images_per_s", "left_s")
     known = {key: beat.get(key) for key in keys}
     newest = run.newest_step()
-    saved = max((path.stat().st_mtime for path in run.checkpoints.glob("step-*/manifest.json")), default=None)
+    saved = None
+    for path in run.checkpoints.glob("step-*/manifest.json"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile: newer ones were written
+            saved = max(saved or 0.0, path.stat().st_mtime)
     return known | {
         "checkpoint_step": newest or None,
         "checkpoint_age_s": None if saved is None else max(0.0, time.time() - saved),

@@ -20,7 +20,14 @@ from tests.slurm_helpers import SlurmCluster, local_cluster
 def pytest_configure() -> None:
     """Ctrl-C works in the commands the tests start, also where a background shell had made all of us ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["CXR_VAE_CORES"] = "1"  # also for what is called in this process: see `environment` in helpers
     os.environ["CXR_VAE_CACHE"] = tempfile.mkdtemp(prefix="cxr-vae-cache-")  # not the user's
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws in this process doesn't depend on which ran before."""
+    torch.manual_seed(0)
 
 
 SLOW_FILES = (

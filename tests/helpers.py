@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cxr_vae.checkpoints.manifest import published
+from cxr_vae.training.run_log import read_records
 from tests.warm import run_warm
 
 TINY = (
@@ -123,6 +125,12 @@ def processes_with(argument: str) -> list[int]:
             if argument.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
+
+
+def check_saved_at_its_end(run: Path) -> None:
+    """The newest checkpoint is of the last step that was done: it was asked to leave, not killed."""
+    last = read_records(run / "metrics.jsonl")[-1]
+    assert published(run / "checkpoints")[0].name == f"step-{last['step']:010d}"
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 90, every_s: float = 0.1) -> None:

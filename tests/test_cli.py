@@ -1,14 +1,14 @@
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import cxr_vae
+from tests.helpers import command, environment
 from tests.helpers import cxr_vae as call
-from tests.helpers import environment
 
 COMMANDS = {
     "cxr-vae": [
@@ -68,9 +68,11 @@ def test_help_needs_no_torch_and_comes_within_a_second(program: str, module: str
     assert result.stdout.strip() == "[]"
 
     def seconds() -> float:
-        begun = time.perf_counter()
-        call("--help", program=program)
-        return time.perf_counter() - begun
+        """Of the processor: others work on this machine, too."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command(program, "--help"), env=environment(), capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 1
 

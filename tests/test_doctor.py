@@ -22,7 +22,7 @@ from launch.findings import (
     torch_finding,
 )
 from launch.profiles import Profile
-from tests.helpers import command, environment
+from tests.helpers import command, environment, wait_until
 from tests.slurm_helpers import SlurmCluster
 
 # Lines of `scontrol show config` of Slurm 22.05.8, spaces as they are there.
@@ -124,7 +124,7 @@ def test_two_nodes_of_a_real_slurm(slurm_cluster: SlurmCluster, tmp_path: Path) 
     assert one_line(lines, "ok   node1, node2: finds node1 at 127.0.1.11")
     assert lines[-1] == "ok   gloo: 2 ranks on 2 nodes added up through lo"
     assert list((tmp_path / "runs").iterdir()) == []
-    assert "cxr-doctor" not in slurm_cluster.run("squeue", "--noheader", "--format=%j")
+    wait_until(lambda: "cxr-doctor" not in slurm_cluster.run("squeue", "--noheader", "--format=%j"), 30, every_s=0.5)
 
 
 def test_a_folder_the_nodes_do_not_see_and_a_partition_that_is_preempted(

@@ -11,7 +11,16 @@ import pytest
 
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config_file import dump_config, load_config
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, wait_until, with_patch
+from tests.helpers import (
+    TINY,
+    check_saved_at_its_end,
+    check_sentence,
+    command,
+    cxr_vae,
+    environment,
+    wait_until,
+    with_patch,
+)
 
 
 def launch(*arguments: object, cluster: str = "inline") -> "subprocess.CompletedProcess[str]":
@@ -203,7 +212,7 @@ class TestLocal:
         wait_until(lambda: num_lines(run) > 5)
         assert "train job" in ask("cancel", run)
         wait_until(lambda: not processes_of(run))
-        assert published(run / "checkpoints")
+        check_saved_at_its_end(run)
         assert states(run)["train"]["state"] == "cancelled"
         assert "nothing to cancel" in ask("cancel", run)
 

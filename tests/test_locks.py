@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -51,10 +52,11 @@ def test_it_waits_longer_for_one_on_another_machine_which_may_be_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(locks, "OTHER_HOST_WAIT_S", 60.0)
-    process = holder(tmp_path, 1.5)
+    process = holder(tmp_path, 60)
     (tmp_path / ".lock").write_text("process 7 on elsewhere since 2026-11-22 12:00:00\n")
     with pytest.raises(UserError, match="in use by process 7 on elsewhere since"):
         DirectoryLock(tmp_path, wait_s=0)
+    threading.Timer(1, process.kill).start()
     DirectoryLock(tmp_path, wait_s=0.1).release()
     assert "in use by process 7 on elsewhere since 2026-11-22 12:00:00; waiting 60 s" in capsys.readouterr().err
     process.join()

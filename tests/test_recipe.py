@@ -135,7 +135,7 @@ def thumbnails(weights: Path | None) -> nn.Module:
 class TestPriors:
     """Of the same loop as VAEs."""
 
-    @pytest.mark.parametrize("options", [(*FIELD, "epochs=6"), (*FLOW, "epochs=10")], ids=["flow_matching", "flow"])
+    @pytest.mark.parametrize("options", [(*FIELD, "epochs=10"), (*FLOW, "epochs=30")], ids=["flow_matching", "flow"])
     def test_stopped_by_a_signal_it_goes_on_to_the_same_file(
         self, recipe: Path, trained: Path, tmp_path: Path, options: tuple[str, ...]
     ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import TINY, cxr_vae, wait_until
+from tests.helpers import TINY, check_saved_at_its_end, cxr_vae, wait_until
 from tests.slurm_helpers import SlurmCluster
 
 SCRIPTS = sorted(Path("slurm").glob("*.sbatch"))
@@ -83,18 +83,19 @@ def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machi
     assert (run / "evaluation/evaluation_results.json").is_file()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_cancelled_job_stays_so_and_a_mistake_is_told(
     slurm_cluster: SlurmCluster, shards: Path, tmp_path: Path
 ) -> None:
     cluster, run, log = slurm_cluster, tmp_path / "run", tmp_path / "train.log"
     wrong = sbatch(cluster, tmp_path / "wrong.log", "train", "configs/reference.yaml", "epoch=3")
-    job = sbatch(cluster, log, "train", *OPTIONS, f"data.shards={shards}", f"run_dir={run}", "epochs=4000")
+    long = (f"data.shards={shards}", f"run_dir={run}", "epochs=4000", "checkpoint.best=true")
+    job = sbatch(cluster, log, "train", *OPTIONS, *long)
     assert ended(cluster, wrong) == "FAILED"
     assert "did you mean train.epochs or prior.epochs?" in (tmp_path / "wrong.log").read_text()
-    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 5, 60)
+    wait_until(lambda: published(run / "checkpoints"), 180)  # what a save needs has been imported then
     cluster.run("scancel", job)
     assert ended(cluster, job) == "CANCELLED"
     time.sleep(8)  # a job that came back would be in the queue again by now
     assert cluster.state(job) in ("CANCELLED", "")
-    assert published(run / "checkpoints")  # it was let save
+    check_saved_at_its_end(run)

@@ -15,6 +15,7 @@ from launch.logs import log_files
 from launch.records import Record
 from launch.slurm_commands import Queued
 from launch.status import look, running_job, statuses
+from tests.helpers import wait_until
 
 
 class FakeSlurm:
@@ -79,6 +80,7 @@ def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
     log.write_text("a line\n")
     follower = threading.Thread(target=main, args=(["logs", str(tmp_path / "run"), "--follow"],))
     follower.start()
+    wait_until(lambda: slurm.calls("squeue"))
     time.sleep(2)
     assert follower.is_alive()
     log.write_text("a line\nthe last\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cxr_vae.checkpoints.manifest import published
-from cxr_vae.stopping import STOPPED_EXIT_CODE, StopSignal
+from cxr_vae.stopping import SAME_INTERRUPT_S, STOPPED_EXIT_CODE, StopSignal
 from cxr_vae.training.run_log import read_records
 from tests.helpers import command, cxr_vae, environment, with_patch
 from tests.test_train import arguments
@@ -94,10 +94,10 @@ def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # at the same time: torchrun passes on what the terminal sent already
-    time.sleep(3)
+    time.sleep(SAME_INTERRUPT_S + 4)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted twice: nothing saved" in out
 

@@ -1,4 +1,5 @@
 import os
+import secrets
 import signal
 import socket
 from pathlib import Path
@@ -112,7 +113,8 @@ def test_a_full_disk_is_no_reason_to_forget(tmp_path: Path) -> None:
     assert record.attempts[-1].outcome == "stopped"
 
 
-def test_a_port_in_use_is_not_given() -> None:
+def test_a_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "randbelow", lambda _: 7)
     port = free_port()
     with socket.socket() as other:
         other.bind(("", port))
