@@ -25,6 +25,12 @@ PARTS = {
     "not_adversarial": "objective.adversarial_weight=0",
     "no_feature_matching": "objective.feature_matching_weight=0",
     "bernoulli": "objective.likelihood=bernoulli",
+    "gaussian": "objective.likelihood=gaussian",
+    "kl_weight_1": "objective.kl_weight=1",
+    "vector": "model.name=conv model.channels=[32,64,128,256] model.latent_dim=512 model.num_blocks=null "
+    "model.latent_channels=null",
+    "not_told_the_class": "model.num_classes=0",
+    "laplacian": "objective.adversarial_weight=0 objective.laplacian_weight=10",
 }
 """The 64 px recipe, and what it is with one part changed."""
 

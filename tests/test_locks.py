@@ -13,7 +13,7 @@ from cxr_vae import locks
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.training.run_log import read_records
-from tests.helpers import check_sentence, command, cxr_vae, environment
+from tests.helpers import check_sentence, command, cxr_vae, environment, wait_until
 from tests.test_train import arguments
 
 
@@ -84,12 +84,15 @@ def test_two_runs_on_one_run_directory(shards: Path, tmp_path: Path) -> None:
     while len(read_records(run / "metrics.jsonl")) < 3:
         assert first.poll() is None
         time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)  # it has the lock, and needs no processor for that
     second = cxr_vae(*arguments(shards, run, "epochs=5000"))
+    first.send_signal(signal.SIGCONT)
     assert f"{run} is in use by process {first.pid} on" in second.stderr
     assert "waiting 20 s for it to leave" in second.stderr
     second.stderr = second.stderr.splitlines()[-1]
     check_sentence(second, "is in use by", "wait for it, stop it, or name another directory")
-    assert first.poll() is None  # undisturbed
+    done = len(read_records(run / "metrics.jsonl"))
+    wait_until(lambda: len(read_records(run / "metrics.jsonl")) > done)  # undisturbed
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 75
     assert subprocess.run([*call[:-1], "epochs=1"], env=environment(), check=False).returncode == 2  # freed, too short
