@@ -7,7 +7,6 @@ import gc
 import itertools
 import multiprocessing
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
 from cxr_vae.training.train import Training, train
+from launch.starters import free_port
 from tests.helpers import TINY
 
 
@@ -214,9 +214,7 @@ def on_ranks(function: str, ranks: int, out: Path, *arguments: Any, joined: bool
     variables they are told are torchrun's.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks"])
     processes = [
