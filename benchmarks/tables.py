@@ -30,6 +30,8 @@ PARTS = {
     "vector": "model.name=conv model.channels=[32,64,128,256] model.latent_dim=512 model.num_blocks=null "
     "model.latent_channels=null",
     "not_told_the_class": "model.num_classes=0",
+    "recipe_seed_1": "seed=1",
+    "not_told_the_class_seed_1": "model.num_classes=0 seed=1",
     "laplacian": "objective.adversarial_weight=0 objective.laplacian_weight=10",
 }
 """The 64 px recipe, and what it is with one part changed."""
