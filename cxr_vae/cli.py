@@ -203,7 +203,7 @@ def _add_audit(commands: Any) -> None:
         "--images",
         type=Path,
         metavar="FOLDER",
-        help="PNGs to look at (default: the evaluation's if drawn alike)",
+        help="PNGs to look at (default: the evaluation's if drawn alike, else new ones)",
     )
     parser.add_argument(
         "--held-out", metavar="SPLIT", help="of images the model never saw (default: evaluate.real_split)"

@@ -111,7 +111,7 @@ class Submission:
             raise UserError(f"data.source={source} is no folder here: name that of the images, split/class/*.jpeg")
         if "train" in names:
             shards = self.config.data.shards
-            if self.where != "slurm":  # a node may have another compiler
+            if self.where != "slurm" and self.config.train.compile != "off":  # a node may have another compiler
                 from cxr_vae.training.compilation import check_compiler
 
                 check_compiler(self.config.train.compile)

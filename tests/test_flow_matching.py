@@ -40,8 +40,12 @@ class TestFlowMatching:
         prior.network.register_forward_pre_hook(watch)  # type: ignore[union-attr]
         num = 4000
         with torch.no_grad():
-            prior.loss(torch.zeros(num, *SPATIAL), torch.zeros(num, *SPATIAL), uniform(0, "prior_uniform", 0, num),
-                       torch.zeros(num, dtype=torch.long))  # fmt: skip
+            prior.loss(
+                torch.zeros(num, *SPATIAL),
+                torch.zeros(num, *SPATIAL),
+                uniform(0, "prior_uniform", 0, num),
+                torch.zeros(num, dtype=torch.long),
+            )
         dropped = seen["classes"] == 2
         assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.02)
         for some in (dropped, ~dropped):
