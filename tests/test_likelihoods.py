@@ -94,6 +94,17 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("logit", [*LOGITS, 100.0, 1e4, -1e4])
+def test_the_image_has_the_gradient_that_it_should(name: str, logit: float) -> None:
+    """Which the adversarial loss and the pixels' terms train by: also where a decoder is sure of black or white."""
+    at = torch.tensor(logit).requires_grad_()
+    LIKELIHOODS[name].image(at).backward()
+    step = 0.01
+    up, down = (float(LIKELIHOODS[name].image(torch.tensor(logit + change))) for change in (step, -step))
+    assert float(at.grad) == pytest.approx((up - down) / (2 * step), abs=2e-4)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
 def test_they_are_float32_a_function_of_each_image_and_finite_at_extremes(name: str) -> None:
     torch.manual_seed(0)
     logits, images = (torch.randn(4, 1, 8, 8) * 30).bfloat16(), LEVELS[torch.randint(0, 256, (4, 1, 8, 8))]

@@ -60,10 +60,14 @@ def continuous_bernoulli_nll(logits: Tensor, images: Tensor, log_scale: Tensor |
 
 
 def continuous_bernoulli_mean(logits: Tensor) -> Tensor:
-    """Its mean 1 / (1 - exp(-η)) - 1/η (their eq. 8), which is greyer than the sigmoid: 0.5 + η/12 - … near η = 0."""
+    """Its mean 1 / (1 - exp(-η)) - 1/η (their eq. 8), which is greyer than the sigmoid: 0.5 + η/12 - … near η = 0.
+
+    Computed of |η|, since exp(-η) overflows below -88 and its gradient with it; the mean of -η is 1 less that of η.
+    """
     logits = logits.float()
-    safe = torch.where(logits.abs() < NEAR_ZERO, NEAR_ZERO, logits)
-    far = -1 / torch.expm1(-safe) - 1 / safe
+    size = logits.abs().clamp(min=NEAR_ZERO)
+    brighter = -1 / torch.expm1(-size) - 1 / size
+    far = torch.where(logits < 0, 1 - brighter, brighter)
     near = 0.5 + logits / 12 - logits.pow(3) / 720 + logits.pow(5) / 30240
     return torch.where(logits.abs() < NEAR_ZERO, near, far)
 
