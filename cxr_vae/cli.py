@@ -57,7 +57,7 @@ def _add_phantom(commands: Any) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write train/, val/ and test/ into")
     parser.add_argument("--num", type=int, default=600, help="images in all")
     parser.add_argument("--seed", type=seed, default=0, help="of everything drawn")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=positive, help="processes (default: one a core)")
 
 
 def phantom(arguments: argparse.Namespace) -> int:

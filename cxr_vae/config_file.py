@@ -76,7 +76,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises UserError for anything that is not a valid configuration.
     """
     tree = _read(Path(path)) if path is not None else {}
-    origin = dict.fromkeys(_leaves(tree), str(path))
+    origin = {key: str(path) for key, _ in flat(tree)}
     for key in origin:
         if key not in OPTIONS:
             raise UserError(f"{path}: {_unknown(key)}")
@@ -159,12 +159,14 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _leaves(tree: Mapping[Any, Any]) -> Iterator[str]:
-    for key, value in tree.items():
-        if key in SECTIONS:
-            yield from (f"{key}.{name}" for name in value)
+def flat(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a configuration's sections."""
+    for name, value in tree.items():
+        key = f"{above}{name}"
+        if isinstance(value, dict) and key not in OPTIONS and (value or key in SECTIONS):
+            yield from flat(value, f"{key}.")
         else:
-            yield str(key)
+            yield key, value
 
 
 def _keys_of(section: str) -> list[str]:
@@ -245,12 +247,12 @@ def dump_config(config: Config) -> str:
 def describe_config(config: Config) -> str:
     """The configuration with each option's meaning beside it."""
     lines: list[str] = []
+    values = dict(flat(config.model_dump()))
     for key, field in OPTIONS.items():
         section, _, name = key.rpartition(".")
         if section and not any(line == f"{section}:" for line in lines):
             lines += ["", f"# {SECTIONS[section].__doc__}".rstrip("."), f"{section}:"]
-        value = getattr(getattr(config, section) if section else config, name)
-        text = yaml.dump(value, Dumper=_CoreDumper, default_flow_style=True).strip().removesuffix("\n...")
+        text = yaml.dump(values[key], Dumper=_CoreDumper, default_flow_style=True).strip().removesuffix("\n...")
         choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
         meaning = (" | ".join(choices) + "; " if choices else "") + (field.description or "")
         lines.append(f"{'  ' if section else ''}{name}: {text}".ljust(42) + f"  # {meaning}")
@@ -259,10 +261,11 @@ def describe_config(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """What `new` changes of `old` that a resumed run may not change, as `key: old → new`."""
+    before, after = (dict(flat(config.model_dump())) for config in (old, new))
     changed = [
-        f"{key}: {_get(old, key)!r} → {_get(new, key)!r}"
+        f"{key}: {before[key]!r} → {after[key]!r}"
         for key in OPTIONS
-        if _get(old, key) != _get(new, key) and not _may_change(key)
+        if before[key] != after[key] and not _may_change(key)
     ]
     if old.train.epochs != new.train.epochs and new.optimizer.schedule == "cosine":
         changed.append(f"train.epochs: {old.train.epochs} → {new.train.epochs} (the cosine schedule depends on it)")
@@ -273,8 +276,3 @@ def _may_change(key: str) -> bool:
     """Whether the option or its whole section is marked MAY_CHANGE."""
     fields = (OPTIONS[key], Config.model_fields[key.partition(".")[0]])
     return any(field.json_schema_extra == MAY_CHANGE for field in fields)
-
-
-def _get(config: Config, key: str) -> Any:
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)

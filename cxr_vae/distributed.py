@@ -89,17 +89,11 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's picklable object in rank order, on the first rank; None on the others."""
-        if self.size == 1:
-            return [value]
-        box: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, box, dst=0)
-        return box
-
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's picklable object in rank order, on every rank."""
-        values: list[Any] = self.broadcast(self.gather(value))
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def all(self, flag: bool) -> bool:

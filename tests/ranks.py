@@ -185,7 +185,7 @@ def collectives(here: World) -> dict[str, Any]:
         "mean": norm.running_mean,
         "batches": norm.num_batches_tracked,
         "broadcast": here.broadcast(f"from {here.rank}"),
-        "gather": here.gather([here.rank] * here.rank),
+        "all_gather": here.all_gather([here.rank] * here.rank),
         "slice": here.slice(100, 111),
     }
 

@@ -123,7 +123,8 @@ def test_each_architecture_has_its_own_defaults(tmp_path: Path) -> None:
     [
         ("train:\n  epochz: 3\n", "unknown option train.epochz: did you mean train.epochs?"),
         ("epochs: 3\n", "unknown option epochs: did you mean train.epochs?"),
-        ("trian:\n  epochs: 3\n", "unknown option trian"),
+        ("trian:\n  epochs: 3\n", "unknown option trian.epochs: did you mean train.epochs?"),
+        ("trian: {}\n", "unknown option trian"),
         ("train: 3\n", "train should hold keys such as train.epochs"),
         ("train:\n  epochs: 3\n  epochs: 4\n", "epochs is given twice"),
         ("train: [\n", "not a valid YAML file"),

@@ -243,19 +243,10 @@ def refused(*words: str) -> AbstractContextManager[object]:
     )
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"num": 11}, ("num is 11", "12")),
-        ({"num": 10**7}, ("num is 10000000", "100000")),
-        ({"num": 12, "seed": -1}, ("seed is -1", "0")),
-        ({"num": 12, "seed": 2**32}, ("seed is 4294967296",)),
-        ({"num": 12, "workers": 0}, ("workers is 0", "1")),
-    ],
-)
-def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int], words: tuple[str, ...]) -> None:
-    with refused(*words):
-        write_phantoms(tmp_path / "set", **wrong)
+@pytest.mark.parametrize("num", [11, 10**7])
+def test_numbers_out_of_range(tmp_path: Path, num: int) -> None:
+    with refused(f"num is {num}, but must be from 12 to 100000"):
+        write_phantoms(tmp_path / "set", num)
     assert not (tmp_path / "set").exists()
 
 

@@ -21,7 +21,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import STOPPED_EXIT_CODE
 from cxr_vae.training.run_log import read_records
-from cxr_vae.weights import WORDS, load_vae, opened, save_weights
+from cxr_vae.weights import WORDS, facts_in, load_vae, save_weights
 from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, processes_with, wait_until
 
 
@@ -191,8 +191,8 @@ def test_a_finished_run_is_left_as_it_is(shards: Path, undisturbed: Path, tmp_pa
 
 
 def test_weights_of_another_version_are_not_called_damaged(undisturbed: Path, tmp_path: Path) -> None:
-    with opened(undisturbed / "vae_final.safetensors", **WORDS) as (_, facts):
-        facts["config"]["model"]["width_of_the_future"] = 3
+    facts = facts_in(undisturbed / "vae_final.safetensors", **WORDS)
+    facts["config"]["model"]["width_of_the_future"] = 3
     save_weights(tmp_path / "w.safetensors", torch.nn.Linear(1, 1), facts)
     told = r"w\.safetensors is of another version of cxr_vae, which took model\.width_of_the_future otherwise"
     with pytest.raises(UserError, match=told):

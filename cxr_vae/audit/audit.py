@@ -25,7 +25,7 @@ from cxr_vae.audit.memorisation import (
 )
 from cxr_vae.audit.neighbours import Neighbours, merge
 from cxr_vae.audit.record import Pair, publish, record_of
-from cxr_vae.audit.rows import Rows, choose_rows, held_out_split
+from cxr_vae.audit.rows import Rows, choose_rows
 from cxr_vae.audit.samples import Samples, choose_samples
 from cxr_vae.audit.search import Found, for_share, search_all
 from cxr_vae.config import Config
@@ -88,7 +88,7 @@ def audit(
 
 def open_splits(config: Config, held_out: str | None) -> tuple[SplitIndex, SplitIndex]:
     """The split the model was trained on and the one to compare with; UserError where they are one."""
-    name = held_out or held_out_split(config)
+    name = held_out or config.evaluate.real_split
     if name == config.data.train_split:
         raise UserError(f"the {name} split is what the model was trained on: name another with --held-out")
     return open_split(config.data, config.data.train_split), open_split(config.data, name)
@@ -102,8 +102,7 @@ def describe(samples: Samples, network: FeatureNetwork, here: World) -> Fingerpr
         for start in my_blocks(num, here):
             mine.append(fingerprint(samples.fetch(start, min(start + BLOCK, num)), network))
             progress.advance(len(mine[-1].small) * here.size)
-    gathered = here.gather(mine)
-    whole: Fingerprints = here.broadcast(join([part for rank in gathered for part in rank]) if gathered else None)
+    whole = join([part for rank in here.all_gather(mine) for part in rank])
     assert len(whole.small) == num, "a sample was missed or counted twice"
     return whole
 

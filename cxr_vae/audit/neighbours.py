@@ -51,14 +51,9 @@ class Space:
     """Whether a network's features are compared, among which a few images may be the nearest of many others."""
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """Vectors (…, D) at length 1; zeros stay zeros."""
-    return F.normalize(vectors, dim=-1)
-
-
 def centred(vectors: Tensor) -> Tensor:
     """Vectors (…, D) with mean 0 and length 1: their product is then the correlation. Constant ones become zeros."""
-    return unit(vectors - vectors.mean(-1, keepdim=True))
+    return F.normalize(vectors - vectors.mean(-1, keepdim=True), dim=-1)
 
 
 def shifted_crops(small: Tensor) -> Tensor:
@@ -96,8 +91,8 @@ def feature_space(centre: Tensor) -> Space:
     """
     return Space(
         "features",
-        lambda images: unit(images.pooled - centre)[:, None],
-        lambda images: unit(images.pooled - centre),
+        lambda images: F.normalize(images.pooled - centre)[:, None],
+        lambda images: F.normalize(images.pooled - centre),
         is_learned=True,
     )
 

@@ -16,6 +16,7 @@ from cxr_vae.config import Config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import SplitIndex
 from cxr_vae.files import keep_earlier, read_json, write_atomically, write_json
+from cxr_vae.inspection.findings import Cell, Finding, Part, Table, as_record
 
 RECORD, PICTURE = "memorisation.json", "closest_pairs.png"
 
@@ -65,17 +66,17 @@ def record_of(
     training, held_out = indexes
     flag, reason = verdict(found)
     num_samples = circumstances["num_samples"]
+    remarked = [
+        *remarks(found, flag, reason, held_out.split, rows.num_left_out, num_samples),
+        note(f"Audited: {num_samples} {in_words(circumstances['samples'])}."),
+    ]
     return {
         "flag": flag,
         "reason": reason,
         "rule": RULE.format(level=LEVEL_OF_A_TEST, alarms=FALSE_ALARMS),
         "false_alarm_rate": FALSE_ALARMS,
         "level_of_a_test": LEVEL_OF_A_TEST,
-        "tables": [summary(found), limits(found), closest(pairs)],
-        "findings": [
-            *remarks(found, flag, reason, held_out.split, rows.num_left_out, num_samples),
-            note(f"Audited: {num_samples} {in_words(circumstances['samples'])}."),
-        ],
+        **as_record([Part([summary(found), limits(found), closest(pairs)], remarked)]),
         "pictures": [{"title": "Closest pairs: sample above its nearest training image", "file": PICTURE}],
         "spaces": {
             one.space: asdict(one)
@@ -99,7 +100,7 @@ def record_of(
     }
 
 
-def summary(found: Sequence[Findings]) -> dict[str, Any]:
+def summary(found: Sequence[Findings]) -> Table:
     """One row a space."""
     headers = [
         "space",
@@ -111,7 +112,7 @@ def summary(found: Sequence[Findings]) -> dict[str, Any]:
         "closer to training than 99 % of held-out images, in %",
         "C_T",
     ]
-    rows = []
+    rows: list[list[Cell]] = []
     for one in found:
         limit = min(one.copies.limits, key=lambda limit: abs(limit.share - 0.01))
         rows.append(
@@ -126,10 +127,10 @@ def summary(found: Sequence[Findings]) -> dict[str, Any]:
                 round(one.c_t, 2),
             ]
         )
-    return {"title": "Memorisation", "headers": headers, "rows": rows}
+    return Table("Memorisation", headers, rows)
 
 
-def limits(found: Sequence[Findings]) -> dict[str, Any]:
+def limits(found: Sequence[Findings]) -> Table:
     """One row a space and limit of the copies test."""
     headers = [
         "space",
@@ -141,7 +142,7 @@ def limits(found: Sequence[Findings]) -> dict[str, Any]:
         "p",
         "raises the flag at",
     ]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             one.space,
             round(limit.ratio, 4),
@@ -155,13 +156,13 @@ def limits(found: Sequence[Findings]) -> dict[str, Any]:
         for one in found
         for limit in one.copies.limits
     ]
-    return {"title": "Copies: samples with a training image all to themselves", "headers": headers, "rows": rows}
+    return Table("Copies: samples with a training image all to themselves", headers, rows)
 
 
-def closest(pairs: Sequence[Pair]) -> dict[str, Any]:
+def closest(pairs: Sequence[Pair]) -> Table:
     """One row a pair."""
     headers = ["space", "sample", "training image", "patient", "distance", "ratio", "suspect"]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             pair.space,
             pair.sample,
@@ -173,19 +174,15 @@ def closest(pairs: Sequence[Pair]) -> dict[str, Any]:
         ]
         for pair in pairs
     ]
-    return {"title": "Closest pairs", "headers": headers, "rows": rows}
+    return Table("Closest pairs", headers, rows)
 
 
 def remarks(
     found: Sequence[Findings], flag: bool, reason: str, split: str, num_left_out: int, num_samples: int
-) -> list[dict[str, str]]:
+) -> list[Finding]:
     """What a reader must know, in sentences."""
-    said = [
-        {
-            "level": "warning" if flag else "ok",
-            "text": f"{'Memorisation' if flag else 'No sign of memorisation'}: {reason}.",
-        }
-    ]
+    sign = "Memorisation" if flag else "No sign of memorisation"
+    said = [Finding("warning" if flag else "ok", f"{sign}: {reason}.")]
     for one in found:
         if one.held_out_differs:
             said.append(
@@ -218,9 +215,9 @@ def in_short(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", tabulate(turned[1:], turned[0]), "", tabulate(copies["rows"], copies["headers"])])
 
 
-def note(text: str) -> dict[str, str]:
+def note(text: str) -> Finding:
     """A finding that is neither good nor bad."""
-    return {"level": "note", "text": text}
+    return Finding("note", text)
 
 
 def percent(share: float) -> float:

@@ -9,7 +9,6 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from cxr_vae.config import Config
 from cxr_vae.data.index import SplitIndex
 from cxr_vae.errors import UserError
 
@@ -76,14 +75,3 @@ def same_person(patients: Sequence[str], sha256: npt.NDArray[Any]) -> Ints:
     links = coo_array((np.ones(len(patients)), (by_patient, start + by_content)), shape=(size, size))
     labels: npt.NDArray[np.int32] = connected_components(links, directed=False)[1]
     return labels[by_patient].astype(np.int64)
-
-
-def held_out_split(config: Config) -> str:
-    """The first of evaluate.real_split and evaluate.floor_split that the model wasn't trained on."""
-    for name in (config.evaluate.real_split, config.evaluate.floor_split):
-        if name != config.data.train_split:
-            return name
-    raise UserError(
-        f"evaluate.real_split and evaluate.floor_split are both {config.data.train_split}, which the model was trained "
-        "on: name another with --held-out"
-    )

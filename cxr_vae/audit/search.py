@@ -57,8 +57,8 @@ def search_all(
             for search in searches:
                 search.look_at(images, groups_there, start * BLOCK)
             progress.advance(stop - start)
-    gathered = here.gather([search.found() for search in searches])
-    if gathered is None:
+    gathered = here.all_gather([search.found() for search in searches])
+    if not here.is_main:
         return []
     found = []
     ends = np.cumsum([len(samples.small), len(reference.small)])

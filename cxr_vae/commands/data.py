@@ -71,12 +71,12 @@ def add_inspect(commands: Any) -> None:
 def inspect(arguments: argparse.Namespace) -> int:
     """`cxr-vae inspect`."""
     from cxr_vae.console import outlive_full_log_disk
-    from cxr_vae.inspection.inspect import inspect_shards, save
+    from cxr_vae.inspection.inspect import RECORD, inspect_shards
 
     outlive_full_log_disk()
     text, record = inspect_shards(arguments.shards, arguments.source, arguments.workers)
     print(text)
-    for path in (save(arguments.shards, record), *(arguments.shards / found["file"] for found in record["pictures"])):
-        print(f"\n{path}", end="")
+    for name in (RECORD, *(found["file"] for found in record["pictures"])):
+        print(f"\n{arguments.shards / name}", end="")
     print()
     return 0

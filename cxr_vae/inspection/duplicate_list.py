@@ -66,7 +66,7 @@ def find_duplicates(images: Survey) -> tuple[list[Group], Part]:
     repeated = {member for members in same_pixels for member in members[1:]}
     rows = np.array([row for row in range(len(images)) if row not in repeated], np.int64)
     pairs, least = near_pairs(images.copies[torch.from_numpy(rows)], rows, images.images)
-    groups += [group("near", (pair.first, pair.second), pair.correlation) for pair in pairs]
+    groups += [group("near", members, correlation) for correlation, *members in pairs]
     groups.sort(key=lambda found: found.rank)
     facts = {
         "duplicates": [

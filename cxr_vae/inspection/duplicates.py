@@ -7,7 +7,6 @@ product, in blocks), then the few candidates at a finer grid, at every small shi
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +30,6 @@ FLAT = 0.5
 """Grey levels: fine structure weaker than this (root mean square) is no picture to compare."""
 
 BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class NearPair:
-    """Two images that are nearly the same: their rows and the correlation at the best shift."""
-
-    first: int
-    second: int
-    correlation: float
 
 
 def equal_groups(hashes: npt.NDArray[np.uint8]) -> list[list[int]]:
@@ -118,8 +108,10 @@ def aligned_correlation(first: Tensor, second: Tensor) -> Tensor:
 
 def near_pairs(
     copies: Tensor, rows: npt.NDArray[np.int64], fetch: Callable[[Sequence[int]], Tensor], batch: int = 64
-) -> tuple[list[NearPair], float]:
-    """Nearly equal pairs among images, the most alike first, and the correlation of small copies looked at from.
+) -> tuple[list[tuple[float, int, int]], float]:
+    """Nearly equal pairs, the most alike first, and the correlation of small copies looked at from.
+
+    A pair is its correlation at the best shift and the numbers of the two images.
 
     `copies` (N, D) are those of the images with the numbers `rows`, none of which should be equal; `fetch` returns
     (B, 1, S, S) uint8 images by number.
@@ -130,8 +122,8 @@ def near_pairs(
         pairs = rows[candidates[start : start + batch]]
         correlations = aligned_correlation(fetch(pairs[:, 0].tolist()), fetch(pairs[:, 1].tolist()))
         found += [
-            NearPair(int(first), int(second), round(float(value), 4))
+            (round(float(value), 4), int(first), int(second))
             for (first, second), value in zip(pairs, correlations, strict=True)
             if value >= NEAR_CORRELATION
         ]
-    return sorted(found, key=lambda pair: (-pair.correlation, pair.first, pair.second)), least
+    return sorted(found, key=lambda pair: (-pair[0], *pair[1:])), least

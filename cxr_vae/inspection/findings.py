@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from tabulate import tabulate
 
-Cell = str | int | float | None
+Cell = str | bool | int | float | None
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence: all is well, worth knowing, or something to mend."""
+    """A sentence: all is well (level `ok`), worth knowing (`note`), or something to mend (`warning`)."""
 
-    level: Literal["ok", "note", "warning"]
+    level: str
     text: str
 
 

@@ -1,7 +1,6 @@
 """What is to be known of a data set before figures on it are believed: `cxr-vae inspect`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,10 @@ MIN_BORDER = 0.02
 
 
 def inspect_shards(path: Path, source: Path | None = None, workers: int | None = None) -> tuple[str, dict[str, Any]]:
-    """Inspects a finished shard directory; returns the text for the terminal and what `save` writes.
+    """Inspects a finished shard directory; returns the text for the terminal and the record, and writes it there.
 
     `source`, the folder the shards were made from, tells how many channels the originals had. The picture of
-    duplicates is written to the directory. Raises UserError where shards are damaged or the source is another.
+    duplicates is written to the directory, too. Raises UserError where shards are damaged or the source is another.
     """
     directory = ShardDirectory.open(path)
     images = survey(directory, workers)
@@ -64,13 +63,8 @@ def inspect_shards(path: Path, source: Path | None = None, workers: int | None =
         **as_record(parts),
         "pictures": pictures if groups else [],
     }
-    return as_text(parts), record
-
-
-def save(path: Path, record: Mapping[str, Any]) -> Path:
-    """Writes the record into the shard directory; returns its path."""
     write_json(path / RECORD, record)
-    return path / RECORD
+    return as_text(parts), record
 
 
 def counts(images: Survey) -> Part:

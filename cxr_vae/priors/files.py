@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from cxr_vae.config import PriorConfig
 from cxr_vae.config_file import SAMPLING
 from cxr_vae.errors import UserError
 from cxr_vae.priors import PRIORS, Prior
-from cxr_vae.weights import opened, save_weights, understood
+from cxr_vae.weights import facts_in, save_weights, understood
 
 WORDS = {
     "missing": "is missing: fit it with `cxr-vae prior`",
@@ -62,8 +63,8 @@ def is_saved(path: Path, request: Request) -> bool:
     """Whether the file holds what is asked for."""
     if not path.is_file():
         return False
-    with opened(path, **WORDS) as (_, facts):
-        return {name: facts.get(name) for name in request.facts()} == request.facts()
+    facts = facts_in(path, **WORDS)
+    return {name: facts.get(name) for name in request.facts()} == request.facts()
 
 
 def load_prior(
@@ -73,12 +74,11 @@ def load_prior(
 
     Raises UserError where the file is missing or damaged, or the prior belongs to other weights.
     """
-    with opened(path, device, **WORDS) as (file, facts):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        of_sampling = {name: getattr(sampling, name) for name in SAMPLING}
-        config = understood(PriorConfig, facts["prior"] | of_sampling, path)
-        prior = PRIORS[config.name](config, tuple(facts["latent_shape"]), len(facts["classes"]))
-        prior.load_state_dict(tensors)
+    facts = facts_in(path, **WORDS)
+    of_sampling = {name: getattr(sampling, name) for name in SAMPLING}
+    config = understood(PriorConfig, facts["prior"] | of_sampling, path)
+    prior = PRIORS[config.name](config, tuple(facts["latent_shape"]), len(facts["classes"]))
+    prior.load_state_dict(load_file(path))
     if facts["weights_sha256"] != weights_sha256:
         raise UserError(
             f"{path} was fitted to other weights (SHA-256 {facts['weights_sha256'][:12]}…, not "

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from cxr_vae.audit.samples import in_words
 from cxr_vae.evaluation.features import NO_FID
+from cxr_vae.inspection.findings import Finding
 from cxr_vae.report.cells import Cell, Table
 from cxr_vae.report.comparable import grouped, losses_circumstances
 from cxr_vae.report.figures import comparison_tables, losses_tables
-from cxr_vae.report.inputs import Finding, Inputs
+from cxr_vae.report.inputs import Inputs
 from cxr_vae.report.plots import compared_curves
 from cxr_vae.report.sections import Section, as_text, is_mild, newest
 

@@ -1,6 +1,6 @@
 """What a report is made from: the files of a run, checked, a sentence in place of each that is missing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cxr_vae.checkpoints.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from cxr_vae.checkpoints.manifest import published
-from cxr_vae.config import OPTIONS
-from cxr_vae.config_file import read_tree
+from cxr_vae.config_file import flat, read_tree
 from cxr_vae.data.index import MANIFEST
 from cxr_vae.errors import UserError
 from cxr_vae.files import read_json, sha256_of
+from cxr_vae.inspection.findings import Finding, Table
 from cxr_vae.run_dir import RunDir
 from cxr_vae.training.run_log import read_epochs, read_records
 
@@ -67,21 +67,6 @@ class Results(_Read):
     request: Facts = {}
 
 
-class Finding(_Read):
-    """A sentence and how serious it is: `ok`, `note` or `warning`."""
-
-    level: str
-    text: str
-
-
-class RecordTable(_Read):
-    """A table of a record."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str | bool | int | float | None]]
-
-
 class RecordPicture(_Read):
     """A picture of a record, relative to the record's file."""
 
@@ -92,7 +77,7 @@ class RecordPicture(_Read):
 class Record(_Read):
     """What every record has that can be shown: memorisation.json and inspection.json."""
 
-    tables: list[RecordTable] = []
+    tables: list[Table] = []
     findings: list[Finding] = []
     pictures: list[RecordPicture] = []
     samples: Facts = {}
@@ -180,16 +165,6 @@ def read_config(run: RunDir) -> Facts:
     if not run.config.is_file():
         raise UserError(f"{run.path} is not a run directory (it has no {run.config.name}): name one train wrote")
     return dict(flat(read_tree(run.config)))
-
-
-def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values."""
-    for name, value in tree.items():
-        key = f"{above}{name}"
-        if isinstance(value, dict) and key not in OPTIONS:
-            yield from flat(value, f"{key}.")
-        else:
-            yield key, value
 
 
 def read_optional(path: Path) -> Facts:

@@ -10,12 +10,14 @@ from pydantic import ValidationError
 
 from cxr_vae.audit.samples import in_words
 from cxr_vae.config import Config
+from cxr_vae.config_file import flat
 from cxr_vae.evaluation.features import NO_FID
+from cxr_vae.inspection.findings import Finding
 from cxr_vae.report.cells import Cell, Table, brief, describe, interval, number
 from cxr_vae.report.figures import figure_tables
 from cxr_vae.report.history import history_tables
 from cxr_vae.report.images import Picture, load_picture, montage
-from cxr_vae.report.inputs import Facts, Finding, Inputs, Record, flat, negative_elbo, read_optional
+from cxr_vae.report.inputs import Facts, Inputs, Record, negative_elbo, read_optional
 from cxr_vae.report.plots import loss_curves, units_plot
 
 NUM_SHOWN = 24
