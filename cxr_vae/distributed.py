@@ -89,11 +89,11 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable object in rank order, on every rank."""
+    def all_gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Every rank's picklable object in rank order, on every rank; through `group` where another thread is at it."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def all(self, flag: bool) -> bool:

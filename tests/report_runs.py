@@ -146,5 +146,5 @@ def reported_run(folder: Path) -> RunDir:
     run = full_run(folder / "run")
     text, page = report_runs([run.path])
     assert page == run.path / "report.html"
-    assert "training, nats an image" in text
+    assert "Losses, nats an image" in text
     return run

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxr_vae.config_file import load_config
 from cxr_vae.data.dataset import XrayDataset
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.distributed import World
@@ -102,7 +101,7 @@ def test_an_evaluation_measures_the_prior_that_is_named(fitted: tuple[Path, str]
 def test_the_posteriors_are_the_networks_in_stored_order(trained: Path, shards: Path) -> None:
     model, _ = load_vae(trained / "vae_final.safetensors")
     dataset = XrayDataset(ShardDirectory.open(shards).split("train"), in_memory=True, workers=1)
-    mean, logvar, labels = encode_split(model, dataset, load_config(None), HERE)
+    mean, logvar, labels = encode_split(model, dataset, HERE)
     with torch.inference_mode():
         expected = model.encode(dataset.images([69]) / 255)
     torch.testing.assert_close((mean[69:], logvar[69:]), expected, rtol=1e-4, atol=1e-5)

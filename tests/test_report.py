@@ -99,7 +99,7 @@ class TestContent:
         assert rows[0][1] == "negative ELBO"
         assert rows[4] == ["2, test|best test loss", "600.00", "580.00", "20.00", f"{600 / 710:.4f}"]
         assert "600.0 negative ELBO, nats an image, epoch 2 of 3" in text_of(page.find(".//dl"))
-        assert re.search(r"1 +test +610.0 +590 +20.0", text)
+        assert re.search(r"2, test +600.00 +580.00 +20.00", text)
         text, out = report_runs([tmp_path])
         (of_losses,) = (rows for _, rows in tables(section(read_page(out), "runs")))
         assert [row[3:6] for row in of_losses[1:]] == [["600.00", "2", "605.00"]] * 2
@@ -160,7 +160,7 @@ class TestContent:
         text = run.config.read_text().replace("model:", "model:\n  name_of_later: off").replace("name: conv", "name: u")
         run.config.write_text(text)
         told, page = report_runs([run.path])
-        assert "training, nats an image" in told
+        assert "Losses, nats an image" in told
         options = dict(dict(tables(section(read_page(page), "configuration")))["Options that differ from the defaults"])
         assert (options["model.name_of_later"], options["model.name"]) == ("off", "u")
 

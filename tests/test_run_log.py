@@ -52,8 +52,7 @@ def test_what_a_full_disk_refuses_is_kept_until_it_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path)
-    log = RunLog(run)
-    log.begin(0, Stopwatch())
+    log = RunLog(run, 0, Stopwatch())
 
     class Full:
         """Takes ten bytes more."""
@@ -93,7 +92,7 @@ def test_a_save_may_meet_pictures_that_are_just_done(tmp_path: Path) -> None:
     answers = iter([(1, done), None])
 
     class Forgetting:
-        log = RunLog(RunDir(tmp_path), enabled=False)
+        log = RunLog(RunDir(tmp_path), 0, Stopwatch(), enabled=False)
         _writing = property(lambda _: next(answers))
 
     Loop.settle(Forgetting())

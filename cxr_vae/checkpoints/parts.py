@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from cxr_vae.checkpoints.manifest import Files, describe_files
+from cxr_vae.distributed import World
 
 
 class PartWriter(HuggingFaceStorageWriter):
@@ -53,10 +53,10 @@ def part_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> Files:
+def write_tensors(directory: Path, tensors: dict[str, Tensor], world: World, group: dist.ProcessGroup | None) -> Files:
     """Every rank of `group` writes its part of tensors that all hold, and flushes it to the disk.
 
-    Returns what was written, on the first rank; each rank reports its own part, since a network file system may list
+    Returns what was written by all of them; each rank reports its own part, since a network file system may list
     that of another machine late. Raises OSError on the first rank, at least, where one can't write.
     """
     with _plain_errors():
@@ -66,18 +66,13 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], group: dist.Proce
             process_group=group,
             no_dist=group is None,
         )
-    rank = dist.get_rank(group) if group else 0
     mine: Files | OSError
     try:
-        mine = describe_files(directory.glob(part_name(rank + 1)))
+        mine = describe_files(directory.glob(part_name(world.rank + 1)))
     except OSError as error:
         mine = error  # told by the first rank: the others wait there
-    parts: list[Any] = [mine]
-    if group is not None:
-        parts = [None] * dist.get_world_size(group)
-        dist.gather_object(mine, parts if rank == 0 else None, dst=0, group=group)
     files: Files = {}
-    for part in parts if rank == 0 else []:
+    for part in world.all_gather(mine, group):
         if isinstance(part, OSError):
             raise part
         files |= part

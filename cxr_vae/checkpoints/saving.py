@@ -49,7 +49,7 @@ class Checkpoints:
         before_publishing: Callable[[], None] = lambda: None,
         classes: Sequence[str] = (),
     ) -> None:
-        self.directory, self.world, self.config = directory, world, config
+        self.directory, self.world, self.config, self.options = directory, world, config, config.checkpoint
         self.index_hashes = dict(index_hashes)
         self.before_publishing, self.classes = before_publishing, list(classes)
         self.newest_step: int | None = None
@@ -60,11 +60,6 @@ class Checkpoints:
         self._copy: dict[str, Tensor] = {}
         self._last_save = time.monotonic()
         self._attempt = world.broadcast(secrets.token_hex(4))  # no earlier process can write into our directories
-
-    @property
-    def options(self) -> CheckpointConfig:
-        """When to save and what to keep."""
-        return self.config.checkpoint
 
     def is_due(self, step: int) -> bool:
         """Whether the options ask for a checkpoint after this step. By the clock, ranks may differ."""
@@ -144,7 +139,7 @@ class Checkpoints:
 
         temporary = self.directory / f"{name}.{self._attempt}.tmp"
         try:
-            files = write_tensors(temporary, self._copy, self._group)
+            files = write_tensors(temporary, self._copy, self.world, self._group)
             if self.world.is_main:
                 self.before_publishing()
                 write_manifest(temporary, facts, files)

@@ -1,5 +1,6 @@
 """All that training carries from one step to the next, as one object that is saved and loaded as a whole."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch.amp import GradScaler
 from torch.nn.functional import pad
 from torch.optim import Adam, AdamW, Optimizer
 
-from cxr_vae.checkpoints.ema import Ema
 from cxr_vae.config import Config
 from cxr_vae.models import build_discriminator, build_model
 from cxr_vae.models.discriminator import PatchDiscriminator
@@ -49,7 +49,7 @@ class TrainState:
     optimizer: Optimizer
     critic: Critic | None
     scaler: GradScaler
-    ema: Ema | None
+    ema: nn.Module | None
     epoch_sums: Tensor
     """(3,) float64: reconstruction and KL, in nats, summed over the images of the epoch so far; their number."""
     lowest_test_loss: Tensor = field(default_factory=lambda: torch.tensor(torch.inf, dtype=torch.float64))
@@ -66,7 +66,7 @@ class TrainState:
         model = model.to(device, memory_format=memory_format(config, device))  # type: ignore[call-overload]
         options = config.optimizer
         optimizer = make_optimizer(options.name, model, options.lr, weight_decay=options.weight_decay)
-        ema = Ema(model) if config.train.ema_decay else None
+        ema = deepcopy(model).requires_grad_(False) if config.train.ema_decay else None
         scaler = GradScaler(device.type, enabled=config.train.precision == "fp16")
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         return cls(model, optimizer, Critic.create(config, device), scaler, ema, sums)
@@ -78,7 +78,7 @@ class TrainState:
         the same device, nothing changes.
         """
         if self.ema is not None:
-            self.ema.update(self.model, applied.float() * ema_share)
+            follow(self.ema, self.model, applied.float() * ema_share)
         self.epoch_sums += torch.where(applied, pad(sums, (0, 1), value=num_images), 0.0)
 
     def count(self, num_images: int) -> None:
@@ -102,7 +102,7 @@ class TrainState:
     @property
     def averaged_model(self) -> nn.Module:
         """The weights to test and to export: the average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else self.ema
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as tensors by name; loading into these tensors needs `load_state_dict` to take effect."""
@@ -112,7 +112,7 @@ class TrainState:
             tensors |= {f"critic.{name}": tensor for name, tensor in self.critic.model.state_dict().items()}
             tensors |= moments("critic_optimizer", self.critic.model, self.critic.optimizer)
         if self.ema is not None:
-            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
             tensors["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
@@ -133,13 +133,28 @@ class TrainState:
         for name, moment in here.items():
             moment.copy_(tensors[name])
         if self.ema is not None:
-            self.ema.module.load_state_dict(_below("ema.", tensors))
+            self.ema.load_state_dict(_below("ema.", tensors))
         if self.scaler.is_enabled():
             scale, growth = tensors["scaler"].tolist()
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)})
         self.epoch_sums.copy_(tensors["epoch_sums"])
         self.lowest_test_loss.copy_(tensors["lowest_test_loss"])
         self.step, self.samples_seen, self.num_skipped = tensors["counters"].tolist()
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, share: Tensor | float) -> None:
+    """Moves weights and batch-norm statistics by a share towards the model's (Polyak and Juditsky, 1992); 0: not.
+
+    torch's AveragedModel asks its counter at each update whether it is the first, for which a GPU would be waited for.
+    """
+    averages, currents = ([t for t in of.state_dict().values() if t.is_floating_point()] for of in (average, model))
+    moves = torch._foreach_sub(currents, averages)
+    torch._foreach_mul_(moves, share)
+    torch._foreach_add_(averages, moves)
+    for mine, current in zip(average.buffers(), model.buffers(), strict=True):
+        if not mine.is_floating_point():
+            mine.copy_(current)  # a count
 
 
 def moments(prefix: str, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import copy
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from cxr_vae.config.section import Section
 
@@ -20,7 +20,7 @@ class ModelConfig(Section):
     name: Literal["conv", "residual"] = Field(
         "conv", description="architecture: conv has a latent vector, residual spatial latents"
     )
-    channels: list[int] = Field(
+    channels: list[PositiveInt] = Field(
         ARCHITECTURES["conv"]["channels"],
         min_length=1,
         description="conv: width of each stride-2 stage of the encoder; residual: width at side, side / 2, side / 4, …",
@@ -53,8 +53,6 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "ModelConfig":
-        if min(self.channels) < 1:
-            raise ValueError("model.channels should hold positive integers")
         if self.name == "residual" and len(self.channels) < 2:
             raise ValueError("model.channels should hold two widths or more with model.name=residual")
         if self.name == "residual" and self.norm == "batch":

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt
 
 from cxr_vae.config.section import Section
 
@@ -23,13 +23,13 @@ class PriorConfig(Section):
     )
     num_layers: int = Field(8, ge=1, description="couplings of flow")
     width: int = Field(256, ge=1, description="hidden units of flow's networks")
-    channels: list[int] = Field(
+    channels: list[PositiveInt] = Field(
         [96, 192],
         min_length=1,
         description="width of flow_matching at each resolution; each further one is half the side",
     )
     num_blocks: int = Field(2, ge=1, description="residual blocks of flow_matching at each resolution")
-    guide_channels: list[int] = Field(
+    guide_channels: list[PositiveInt] = Field(
         [], description="as channels, of a small network trained beside, which autoguidance needs; []: none"
     )
     times: Literal["logit_normal", "uniform"] = Field(
@@ -50,10 +50,3 @@ class PriorConfig(Section):
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay a step of the averaged weights that are saved; 0: off"
     )
-
-    @model_validator(mode="after")
-    def _positive_channels(self) -> "PriorConfig":
-        for name in ("channels", "guide_channels"):
-            if min(getattr(self, name), default=1) < 1:
-                raise ValueError(f"prior.{name} should hold positive integers")
-        return self

@@ -144,20 +144,14 @@ def results_of(
 
 def record(figure: Figure, floor: Figure | None = None) -> dict[str, Any]:
     """One figure, beside its floor where it has one."""
-    of_figure = {
+    of_figure: dict[str, Any] = {
         "value": figure.value,
         "interval_95": list(figure.interval_95),
         "standard_error": figure.standard_error,
     }
-    return (
-        of_figure
-        if floor is None
-        else of_figure
-        | {
-            "floor": floor.value,
-            "floor_interval_95": list(floor.interval_95),
-        }
-    )
+    if floor is not None:
+        of_figure |= {"floor": floor.value, "floor_interval_95": list(floor.interval_95)}
+    return of_figure
 
 
 def earlier_results(run: RunDir, request: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -168,16 +167,9 @@ def load_users_network(name: str, device: torch.device, weights: str | None) -> 
         raise UserError(f"evaluate.features={name} gives a {type(module).__name__}, not a torch.nn.Module")
     module = module.to(device).eval()
     words = str(getattr(module, "preprocessing", "the network's own"))
-    return FeatureNetwork(name, hash_of(module.state_dict()), module, device, words, code_sha256_of(defined_in))
-
-
-def code_sha256_of(module: ModuleType) -> str | None:
-    """Of a module's source file; None where it has none."""
-    try:
-        path = inspect.getsourcefile(module)
-    except TypeError:  # it is part of Python
-        return None
-    return None if path is None else sha256_of(Path(path))
+    code = inspect.getsourcefile(defined_in)
+    code_sha256 = sha256_of(Path(code)) if code else None
+    return FeatureNetwork(name, hash_of(module.state_dict()), module, device, words, code_sha256)
 
 
 class RandomInception(FeatureExtractorInceptionV3):  # type: ignore[misc]

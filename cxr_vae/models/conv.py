@@ -27,7 +27,7 @@ class ConvVAE(VAE):
         num_features = self.smallest[0] * self.smallest[1] * self.smallest[2]
 
         self.encoder = nn.Sequential(
-            *(_down(*pair, norm) for pair in pairwise([1, *widths])),
+            *(_stage(nn.Conv2d(a, b, 4, stride=2, padding=1), norm, b) for a, b in pairwise([1, *widths])),
             nn.Flatten(),
         )
         self.to_mean = nn.Linear(num_features, latent_dim)
@@ -36,7 +36,7 @@ class ConvVAE(VAE):
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, num_features),
             nn.Unflatten(1, self.smallest),
-            *(_up(*pair, norm) for pair in pairwise(back)),
+            *(_stage(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), norm, b) for a, b in pairwise(back)),
             nn.ConvTranspose2d(back[-1], 1, kernel_size=4, stride=2, padding=1),
         )
         self.classes = nn.Embedding(self.num_classes, latent_dim) if self.num_classes else None
@@ -57,17 +57,5 @@ class ConvVAE(VAE):
         return logits
 
 
-def _down(num_in: int, num_out: int, norm: str) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(num_in, num_out, kernel_size=4, stride=2, padding=1), _norm(norm, num_out), nn.ReLU()
-    )
-
-
-def _up(num_in: int, num_out: int, norm: str) -> nn.Sequential:
-    return nn.Sequential(
-        nn.ConvTranspose2d(num_in, num_out, kernel_size=4, stride=2, padding=1), _norm(norm, num_out), nn.ReLU()
-    )
-
-
-def _norm(name: str, width: int) -> nn.Module:
-    return nn.BatchNorm2d(width) if name == "batch" else group_norm(width)
+def _stage(convolution: nn.Module, norm: str, width: int) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm2d(width) if norm == "batch" else group_norm(width), nn.ReLU())

@@ -80,10 +80,6 @@ class Prior(nn.Module, ABC):
         """The loss: what DistributedDataParallel and torch.compile wrap."""
         return self.loss(latents, noise, uniform, labels)
 
-    def log_prob(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,) float32 log-density in nats of latents (B, *latent_shape), given their classes."""
-        raise NotImplementedError(f"{type(self).__name__} has no density in closed form")
-
 
 def choose(shares: Tensor, uniform: Tensor) -> Tensor:
     """Which of K, by inversion of the distribution function: shares (n, K) and uniform (n,) → (n,) int64."""

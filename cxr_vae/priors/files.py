@@ -39,14 +39,8 @@ class Request:
 
     def facts(self) -> dict[str, Any]:
         """As they stand in the file."""
-        return {
-            "prior": self.prior.model_dump(exclude=set(SAMPLING)),
-            "latent_shape": list(self.latent_shape),
-            "classes": list(self.classes),
-            "weights_sha256": self.weights_sha256,
-            "index_sha256": self.index_sha256,
-            "seed": self.seed,
-        }
+        lists = {"latent_shape": list(self.latent_shape), "classes": list(self.classes)}
+        return vars(self) | lists | {"prior": self.prior.model_dump(exclude=set(SAMPLING))}
 
     def digest(self, *more: str) -> str:
         """The SHA-256 of the facts, and of what else a training is not resumed with another of."""

@@ -47,14 +47,10 @@ class FlowPrior(Prior):
                 log_det = log_det + part
         return noise, log_det
 
-    def log_prob(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """See Prior.log_prob."""
-        noise, log_det = self.to_noise(latents, labels)
-        return normal_log_density(noise) + log_det
-
     def loss(self, latents: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None) -> Tensor:
         """See Prior.loss: the negative log-density in nats."""
-        return -self.log_prob(latents, labels)
+        noise, log_det = self.to_noise(latents, labels)
+        return -normal_log_density(noise) - log_det
 
     def _condition(self, labels: Tensor | None) -> Tensor | None:
         return None if labels is None else F.one_hot(labels, self.num_classes).float()

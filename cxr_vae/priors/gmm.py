@@ -5,7 +5,6 @@ decoder was trained on draws, and what a mixture should match is the aggregate p
 whose covariance the means lack. A unit the encoder doesn't use has means that hardly vary, and draws that are N(0, 1).
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -109,16 +108,6 @@ class MixturePrior(Prior):
         component = choose(self.weights[groups], uniform)
         spread = torch.einsum("nij,nj->ni", self.factors[groups, component], noise.float())
         return self.restore(self.means[groups, component] + spread)
-
-    def log_prob(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """See Prior.log_prob."""
-        groups = torch.zeros(len(latents), dtype=torch.long, device=latents.device) if labels is None else labels
-        away = self.standardise(latents)[:, None] - self.means[groups]
-        factors = self.factors[groups]
-        unit = torch.linalg.solve_triangular(factors, away[..., None], upper=False)[..., 0]
-        log_det = factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        each: Tensor = -0.5 * (unit.square() + math.log(2 * math.pi)).sum(-1) - log_det
-        return (self.weights[groups].log() + each).logsumexp(1) - self.log_scale()
 
 
 def fit_mixture(points: npt.NDArray[np.float64], num_components: int | None, seed: int) -> "GaussianMixture":

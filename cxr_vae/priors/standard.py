@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from cxr_vae.priors.base import Prior, normal_log_density
+from cxr_vae.priors.base import Prior
 
 
 class StandardPrior(Prior):
@@ -11,7 +11,3 @@ class StandardPrior(Prior):
     def sample(self, noise: Tensor, uniform: Tensor, labels: Tensor | None) -> Tensor:
         """See Prior.sample."""
         return noise
-
-    def log_prob(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """See Prior.log_prob."""
-        return normal_log_density(latents.float())

@@ -11,7 +11,7 @@ from dataclasses import replace
 from cxr_vae.evaluation.image_sets import drawn_in_words
 from cxr_vae.report.cells import LOWER, Cell, Table, describe, interval, measured, number
 from cxr_vae.report.comparable import KINDS, Kind, grouped, losses_circumstances, of_likelihood, of_samples, why_apart
-from cxr_vae.report.inputs import Inputs, Results, negative_elbo
+from cxr_vae.report.inputs import Inputs, Results, negative_elbo, read_optional
 
 
 def figure_tables(results: Results) -> list[Table]:
@@ -150,3 +150,23 @@ def losses_tables(runs: Sequence[Inputs]) -> list[Table]:
             rows.append(row)
         tables.append(Table(title, headers, rows, note, facts))
     return tables
+
+
+def losses_table(run: Inputs) -> Table:
+    """Losses of one run, which has epochs, at the first, the best and the last one."""
+    rows = []
+    named = {"first": run.epochs[0], "best test loss": run.best_epoch, "last": run.epochs[-1]}
+    for epoch in {one["epoch"]: one for one in named.values() if one}.values():
+        what = ", ".join(name for name, one in named.items() if one is epoch)
+        for split in ("train", "test"):
+            losses = epoch[split]
+            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
+            cells = [Cell(f"{value:.2f}") for value in nats]
+            label = Cell(f"{epoch['epoch']}, {split}", what, is_number=False)
+            rows.append([label, *cells, Cell(f"{losses['bits_per_dim']:.4f}")])
+    headers = ["epoch", "negative ELBO", "reconstruction", "KL", "bits/dim"]
+    speeds = sorted(speed["images_per_s"] for speed in run.speeds)
+    note = f"Median speed: {speeds[len(speeds) // 2]:.0f} images/s." if speeds else ""
+    if line := read_optional(run.run.efficiency).get("in_a_line"):
+        note += f" The last attempt with all it did: {line}."
+    return Table("Losses, nats an image", headers, rows, note)

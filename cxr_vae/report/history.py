@@ -1,11 +1,11 @@
 """What happened to a run: attempts of its jobs, checkpoints, evaluations."""
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cxr_vae.checkpoints.manifest import MANIFEST, published
+from cxr_vae.console import clock
 from cxr_vae.report.cells import Cell, Table, brief, describe, interval, number
 from cxr_vae.report.inputs import Facts, Inputs, Results, read_checked, read_optional
 from cxr_vae.training.run_log import read_records
@@ -22,17 +22,6 @@ def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
 
 
-def lasted(seconds: float) -> str:
-    """`1:02:03`."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
-
-
-def text(value: object) -> Cell:
-    """A cell of text."""
-    return Cell("–" if value in (None, "") else str(value), is_number=False)
-
-
 def attempts(run: Inputs) -> Table:
     """Stretches of training, told apart by their clock, which starts anew; what was lost is not in the records."""
     stretches: list[list[Facts]] = []
@@ -44,7 +33,7 @@ def attempts(run: Inputs) -> Table:
     for place, records in enumerate(stretches):
         speeds = sorted(record["images_per_s"] for record in records)
         steps = f"{records[0]['step']} … {records[-1]['step']}"
-        cells = [Cell(steps), Cell(lasted(records[-1]["elapsed_s"])), number(round(speeds[len(speeds) // 2], 1))]
+        cells = [Cell(steps), Cell(clock(records[-1]["elapsed_s"])), number(round(speeds[len(speeds) // 2], 1))]
         rows.append([Cell(str(place + 1), is_number=False), *cells])
     return Table("Stretches of training", ["stretch", "recorded steps", "took", "median images/s"], rows)
 
@@ -55,10 +44,10 @@ def jobs(run: Inputs) -> Table:
     for folder in sorted(run.run.jobs.glob("*/job.json")):
         job = read_optional(folder)
         for began, ended in pairs(folder.with_name("attempts.jsonl")):
-            took = lasted(ended["ended"] - began["began"]) if "ended" in ended else "–"
+            took = clock(ended["ended"] - began["began"]) if "ended" in ended else "–"
             cells = [job.get("stage"), job.get("cluster"), began.get("host"), when(began["began"]), took]
             outcome = ended.get("outcome", "not ended, or not told")
-            rows.append((began["began"], [text(value) for value in (*cells, outcome, ended.get("why"))]))
+            rows.append((began["began"], [number(value or None) for value in (*cells, outcome, ended.get("why"))]))
     headers = ["stage", "cluster", "host", "began", "took", "outcome", "why"]
     return Table("Jobs", headers, [row for _, row in sorted(rows, key=lambda row: row[0])])
 
@@ -82,30 +71,25 @@ def checkpoints(run: Inputs) -> Table:
         facts = read_optional(path / MANIFEST)
         loss = facts.get("test_loss_nats")
         cells = [number(facts.get("step")), number(facts.get("samples_seen")), number(facts.get("world_size"))]
-        cells += [Cell(f"{loss:.2f}") if isinstance(loss, float) else number(None), text(when(path.stat().st_mtime))]
-        rows.append([text(path.name), *cells])
+        cells += [Cell(f"{loss:.2f}") if isinstance(loss, float) else number(None), number(when(path.stat().st_mtime))]
+        rows.append([number(path.name), *cells])
     headers = ["checkpoint", "step", "images seen", "processes", "test loss", "written"]
     return Table("Checkpoints", headers, rows)
 
 
 def evaluations(run: Inputs) -> Table:
     """Earlier ones and the last: their first figure."""
-
-    def place(path: Path) -> int:
-        kept = re.fullmatch(r"evaluation_results\.(\d+)", path.stem)
-        return int(kept.group(1)) if kept else 10**9  # the one that counts is the last
-
     rows = []
-    for path in sorted(run.run.evaluation.glob("evaluation_results*.json"), key=place):
+    for path in sorted(run.run.evaluation.glob("evaluation_results*.json")):
         results, _ = read_checked(path, Results, "")
         if results is None or not results.figures:
             continue
         name, figure = next(iter(results.figures.items()))
         title = describe(name)[0]
         cells = [
-            text(when(path.stat().st_mtime)),
-            text(title),
+            number(when(path.stat().st_mtime)),
+            number(title),
             Cell(brief(figure.value, figure.interval_95), interval(figure.interval_95)),
         ]
-        rows.append([text(path.name), *cells, number(results.num_generated), number(results.num_real)])
+        rows.append([number(path.name), *cells, number(results.num_generated), number(results.num_real)])
     return Table("Evaluations", ["file", "written", "figure", "value", "generated", "real"], rows)

@@ -82,6 +82,8 @@ class Record(_Read):
     pictures: list[RecordPicture] = []
     samples: Facts = {}
     """What an audit looked at."""
+    index_hashes: dict[str, str] = {}
+    """Of the shards that were inspected, by split."""
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -223,18 +225,8 @@ def _read_inspection(inputs: Inputs) -> None:
     if inputs.inspection is None:
         where = "" if inputs.shards.is_dir() else f" ({inputs.shards} is not there, seen from this folder)"
         inputs.missing["data"] = f"No inspection of the data: {sentence}{where}"
-    elif not is_current(inputs.inspection, inputs.shards):
+        return
+    splits = read_optional(inputs.shards / MANIFEST).get("splits", {})  # our own file: its form is known
+    if inputs.inspection.index_hashes != {name: split["index"]["sha256"] for name, split in splits.items()}:
         inputs.inspection = None
         inputs.missing["data"] = f"{INSPECTION} is of other shards than are there now: {remedy}"
-
-
-def is_current(inspection: Record, shards: Path) -> bool:
-    """Whether an inspection is of the shards that are there: by the hashes of their indexes, else by the files' age."""
-    now = {
-        entry["index"]["sha256"] for entry in read_optional(shards / MANIFEST).get("splits", {}).values()
-    }  # our own file: its form is known
-    hashes = (inspection.model_extra or {}).get("index_hashes")
-    if isinstance(hashes, dict | list):
-        return now == set(hashes.values() if isinstance(hashes, dict) else hashes)
-    manifest = shards / MANIFEST
-    return not manifest.is_file() or manifest.stat().st_mtime <= (shards / INSPECTION).stat().st_mtime

@@ -51,52 +51,36 @@ def plot(title: str, alt: str, draw: Callable[[Any, Sequence[str]], None]) -> Pi
 
 def loss_curves(epochs: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """Loss, reconstruction and KL over epochs, train and test."""
-    return [_curves_of(name, epochs) for name in LOSSES]
-
-
-def _curves_of(name: str, epochs: Sequence[Mapping[str, Any]]) -> Picture:
-    numbers = [epoch["epoch"] for epoch in epochs]
-    values = {split: [epoch[split][name] for epoch in epochs] for split in ("train", "test")}
-
-    def draw(axes: Any, colors: Sequence[str]) -> None:
-        for (split, line), color, style in zip(values.items(), colors, STYLES, strict=False):
-            axes.plot(numbers, line, style, color=color, marker=_marker(numbers), label=split)
-        _label_epochs(axes, numbers)
-
-    ends = ", ".join(f"{split} {line[0]:.1f} to {line[-1]:.1f}" for split, line in values.items())
-    return plot(LOSSES[name], f"{LOSSES[name]} in nats an image over {len(epochs)} epochs: {ends}", draw)
+    return _curves({split: [(epoch["epoch"], epoch[split]) for epoch in epochs] for split in ("train", "test")}, "")
 
 
 def compared_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Picture]:
     """Test loss, reconstruction and KL over epochs of several runs."""
-    return [_compared(name, title, runs) for name, title in LOSSES.items()]
+    return _curves(
+        {run: [(epoch["epoch"], epoch["test"]) for epoch in epochs] for run, epochs in runs.items()}, ", test"
+    )
 
 
-def _compared(name: str, title: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture:
-    def draw(axes: Any, colors: Sequence[str]) -> None:
-        longest: list[int] = []
-        for place, (run, epochs) in enumerate(runs.items()):
-            numbers = [epoch["epoch"] for epoch in epochs]
-            longest = max(longest, numbers, key=len)
-            color, style = colors[place % len(colors)], STYLES[place // len(colors) % len(STYLES)]
-            line = [epoch["test"][name] for epoch in epochs]
-            axes.plot(numbers, line, style, color=color, marker=_marker(numbers), label=_shorten(run))
-        _label_epochs(axes, longest)
-
-    ends = "; ".join(f"{run} ends at {epochs[-1]['test'][name]:.1f}" for run, epochs in runs.items())
-    return plot(f"{title}, test", f"{title} of the test split in nats an image over epochs: {ends}", draw)
+def _curves(lines: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], of: str) -> list[Picture]:
+    return [_plot_losses(name, title + of, lines) for name, title in LOSSES.items()]
 
 
-def _label_epochs(axes: Any, numbers: Sequence[int]) -> None:
+def _plot_losses(name: str, title: str, lines: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> Picture:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(xlabel="epoch", ylabel="nats an image", xlim=(0.5, max(numbers) + 0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=10)
+    def draw(axes: Any, colors: Sequence[str]) -> None:
+        for place, (label, line) in enumerate(lines.items()):
+            marker = "." if len(line) < 30 else None
+            style = {"color": colors[place % len(colors)], "linestyle": STYLES[place % len(STYLES)]}
+            values = [losses[name] for _, losses in line]
+            axes.plot([epoch for epoch, _ in line], values, label=_shorten(label), marker=marker, **style)
+        last = max(line[-1][0] for line in lines.values())
+        axes.set(xlabel="epoch", ylabel="nats an image", xlim=(0.5, last + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=10)
 
-
-def _marker(numbers: Sequence[int]) -> str | None:
-    return "." if len(numbers) < 30 else None
+    ends = "; ".join(f"{label} {line[0][1][name]:.1f} to {line[-1][1][name]:.1f}" for label, line in lines.items())
+    return plot(title, f"{title} in nats an image over epochs: {ends}", draw)
 
 
 def _shorten(name: str, most: int = 28) -> str:

@@ -14,10 +14,10 @@ from cxr_vae.config_file import flat
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.inspection.findings import Finding
 from cxr_vae.report.cells import Cell, Table, brief, describe, interval, number
-from cxr_vae.report.figures import figure_tables
+from cxr_vae.report.figures import figure_tables, losses_table
 from cxr_vae.report.history import history_tables
 from cxr_vae.report.images import Picture, load_picture, montage
-from cxr_vae.report.inputs import Facts, Inputs, Record, negative_elbo, read_optional
+from cxr_vae.report.inputs import Facts, Inputs, Record, negative_elbo
 from cxr_vae.report.plots import loss_curves, units_plot
 
 NUM_SHOWN = 24
@@ -112,27 +112,9 @@ def figures_section(run: Inputs) -> Section:
 
 def training_section(run: Inputs) -> Section:
     """Losses over epochs, and in figures at the first, the best and the last one."""
-    title = "Training"
-    best = run.best_epoch
-    if best is None:
-        return Section("training", title, missing=run.missing["training"])
-    rows = []
-    for epoch in {one["epoch"]: one for one in (run.epochs[0], best, run.epochs[-1])}.values():
-        names = {"first": run.epochs[0], "best test loss": best, "last": run.epochs[-1]}
-        what = ", ".join(name for name, one in names.items() if one is epoch)
-        for split in ("train", "test"):
-            losses = epoch[split]
-            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
-            cells = [Cell(f"{value:.2f}") for value in nats]
-            label = Cell(f"{epoch['epoch']}, {split}", what, is_number=False)
-            rows.append([label, *cells, Cell(f"{losses['bits_per_dim']:.4f}")])
-    headers = ["epoch", "negative ELBO", "reconstruction", "KL", "bits/dim"]
-    speeds = sorted(speed["images_per_s"] for speed in run.speeds)
-    note = f"Median speed: {speeds[len(speeds) // 2]:.0f} images/s." if speeds else ""
-    if line := read_optional(run.run.efficiency).get("in_a_line"):
-        note += f" The last attempt with all it did: {line}."
-    table = Table("Losses, nats an image", headers, rows, note)
-    return Section("training", title, pictures=loss_curves(run.epochs), tables=[table])
+    if not run.epochs:
+        return Section("training", "Training", missing=run.missing["training"])
+    return Section("training", "Training", pictures=loss_curves(run.epochs), tables=[losses_table(run)])
 
 
 def newest(run: Inputs, kind: str, title: str, max_side: int | None = None) -> Picture | None:

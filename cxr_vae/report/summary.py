@@ -8,14 +8,14 @@ from tabulate import tabulate
 from cxr_vae.evaluation.features import NO_FID
 from cxr_vae.evaluation.image_sets import drawn_in_words
 from cxr_vae.report.cells import Table
-from cxr_vae.report.figures import fewer_note, figure_tables, losses_tables
-from cxr_vae.report.inputs import Inputs, Results, negative_elbo
+from cxr_vae.report.figures import fewer_note, figure_tables, losses_table, losses_tables
+from cxr_vae.report.inputs import Inputs, Results
 from cxr_vae.run_dir import RunDir
 
 
 def report_of(run: Inputs) -> str:
     """Losses, speed and figures of a run as text, and which pictures to open."""
-    parts = [losses_table(run)]
+    parts = [f"{run.run.path}: {in_text(losses_table(run)) if run.epochs else 'no epoch is finished yet'}"]
     if run.results or run.run.results.is_file():
         parts += [figures_table(run.results) if run.results else run.missing["figures"]]
     where = run.run
@@ -34,24 +34,6 @@ def in_text(table: Table) -> str:
     rows = [[cell.text for cell in row] for row in table.rows]
     note = f"\n{table.note}" if table.note else ""
     return f"{table.title}\n{tabulate(rows, table.headers, disable_numparse=True)}{note}"
-
-
-def losses_table(run: Inputs) -> str:
-    """First and last epoch, train and test."""
-    epochs, path = run.epochs, run.run.path
-    if not epochs:
-        return f"{path}: no epoch is finished yet"
-    rows = []
-    for record in dict.fromkeys((0, len(epochs) - 1)):
-        for split in ("train", "test"):
-            losses = epochs[record][split]
-            nats = (negative_elbo(losses), losses["reconstruction_nats"], losses["kl_nats"])
-            rows.append([epochs[record]["epoch"], split, *nats, losses["bits_per_dim"]])
-    speeds = [record["images_per_s"] for record in run.speeds]
-    speed = f"; median {sorted(speeds)[len(speeds) // 2]:.0f} images/s" if speeds else ""
-    headers = ["epoch", "split", "negative ELBO", "reconstruction", "KL", "bits/dim"]
-    table = tabulate(rows, headers, floatfmt=("d", "", ".1f", ".1f", ".1f", ".4f"))
-    return f"{path}: training, nats an image{speed}\n\n{table}"
 
 
 def figures_table(results: Results) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cxr_vae.config import Config, PriorConfig
+from cxr_vae.config import Config
 from cxr_vae.config_file import SAMPLING
 from cxr_vae.errors import UserError
 from cxr_vae.files import sha256_of
@@ -77,20 +77,22 @@ def open_sampler(
     Raises UserError where the prior isn't fitted yet, was fitted to other weights, or doesn't know the class.
     """
     seed = config.seed if seed is None else seed
-    options, weights_sha256 = config.prior, sha256_of(run.weights)
-    path = run.prior(options.name)
+    options, path, classes = config.prior, run.prior(config.prior.name), []
+    normal = "standard normal" if temperature == 1 else f"normal of standard deviation {temperature:g}"
+    facts: dict[str, Any] = {"weights_sha256": sha256_of(run.weights), "seed": seed, "prior": normal}
     if options.name == "standard" and not model.num_classes:
-        prior, classes, sha256 = build_prior(options, model.latent_shape, 0, seed).to(device), [], None
+        prior = build_prior(options, model.latent_shape, 0, seed).to(device)
     elif not path.is_file():
         raise UserError(
             f"{run.path} has no {options.name} prior yet: fit it with `cxr-vae prior {run.path} name={options.name}`"
         )
     else:
-        prior, facts = load_prior(path, options, weights_sha256, device)
-        classes, sha256 = facts["classes"], sha256_of(path)
-    number = class_number(label, classes, options.name)
-    identity = sample_facts(weights_sha256, seed, temperature, options, sha256, label)
-    return Sampler(model, prior, seed, temperature, number, identity)
+        prior, of_file = load_prior(path, options, facts["weights_sha256"], device)
+        classes = of_file["classes"]
+        facts |= {"prior": options.name, "prior_sha256": sha256_of(path), "temperature": temperature, "label": label}
+    if options.name == "flow_matching":
+        facts |= {name: getattr(options, name) for name in SAMPLING}
+    return Sampler(model, prior, seed, temperature, class_number(label, classes, options.name), facts)
 
 
 def class_number(label: str | None, classes: list[str], prior: str) -> int | None:
@@ -102,21 +104,3 @@ def class_number(label: str | None, classes: list[str], prior: str) -> int | Non
     if label not in classes:
         raise UserError(f"label {label}: there is no such class; there are {', '.join(classes)}")
     return classes.index(label)
-
-
-def sample_facts(
-    weights_sha256: str,
-    seed: int,
-    temperature: float,
-    options: PriorConfig,
-    prior_sha256: str | None,
-    label: str | None,
-) -> dict[str, Any]:
-    """What generated images are a function of, beside their number; `prior_sha256` is None without a file."""
-    prior = "standard normal" if temperature == 1 else f"normal of standard deviation {temperature:g}"
-    facts: dict[str, Any] = {"weights_sha256": weights_sha256, "seed": seed, "prior": prior}
-    if prior_sha256 is not None:
-        facts |= {"prior": options.name, "prior_sha256": prior_sha256, "temperature": temperature, "label": label}
-    if options.name == "flow_matching":
-        facts |= {name: getattr(options, name) for name in SAMPLING}
-    return facts

@@ -78,20 +78,23 @@ def _fit_prior(run: RunDir, config: Config, here: World, stop: StopSignal) -> bo
         if here.is_main:
             print(f"{path}: already fitted so")
         return True
-    latents = latents_of(model, index, config, here)
-    if prior.trained_by_gradient:
-        return fit_by_gradient(prior, model, index, latents, request, config, run, here, stop)
+    latents = encode_split(model, open_dataset(config.data, index, here), here)
+    if not prior.trained_by_gradient:
+        if here.is_main:
+            words = fit_in_closed_form(prior, latents, request)
+            save_prior(path, prior, request, num_images=len(index))
+            print(f"{config.prior.name}: {words}, fitted to {len(index)} images of the {index.split} split: {path}")
+        here.barrier()
+        return True
+    prior.prepare(*latents)
+    test_index = open_split(config.data, config.data.test_split)
+    of_test = encode_split(model, open_dataset(config.data, test_index, here), here)
+    sets = LatentSet(index, *latents, here.device), LatentSet(test_index, *of_test, here.device)
+    folder = run.prior_training(config.prior.name, request.digest(config.train.precision, config.train.compile))
+    training = training_config(config, folder)
     if here.is_main:
-        words = fit_in_closed_form(prior, latents, request)
-        save_prior(path, prior, request, num_images=len(index))
-        print(f"{config.prior.name}: {words}, fitted to {len(index)} images of the {index.split} split: {path}")
-    here.barrier()
-    return True
-
-
-def latents_of(model: VAE, index: SplitIndex, config: Config, here: World) -> Latents:
-    """Of a split under the trained weights."""
-    return encode_split(model, open_dataset(config.data, index, here), config, here)
+        folder.check(training)
+    return PriorTraining(training, folder, here, prior, model, sets, request, run).run_to_end(stop)
 
 
 def request_of(run: RunDir, config: Config, model: VAE, index: SplitIndex) -> Request:
@@ -116,26 +119,3 @@ def fit_in_closed_form(prior: Prior, latents: Latents, request: Request) -> str:
         return ", ".join(f"{count} component{'s' * (count > 1)} for {name}" for name, count in named)
     prior.prepare(*latents)
     return "class frequencies"
-
-
-def fit_by_gradient(
-    prior: Prior,
-    model: VAE,
-    train_index: SplitIndex,
-    latents: Latents,
-    request: Request,
-    config: Config,
-    run: RunDir,
-    here: World,
-    stop: StopSignal,
-) -> bool:
-    """Trains a prior that has a network and saves it as `run.prior(name)`; returns whether the end was reached."""
-    prior.prepare(*latents)
-    test_index = open_split(config.data, config.data.test_split)
-    of_test = latents_of(model, test_index, config, here)
-    sets = LatentSet(train_index, *latents, here.device), LatentSet(test_index, *of_test, here.device)
-    folder = run.prior_training(config.prior.name, request.digest(config.train.precision, config.train.compile))
-    training = training_config(config, folder)
-    if here.is_main:
-        folder.check(training)
-    return PriorTraining(training, folder, here, prior, model, sets, request, run).run_to_end(stop)

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxr_vae.config import Config
 from cxr_vae.console import Progress
 from cxr_vae.data.dataset import Rows, XrayDataset, read_in_order, to_float
 from cxr_vae.data.index import SplitIndex
@@ -18,7 +17,7 @@ from cxr_vae.noise import BLOCK
 
 
 @torch.inference_mode()
-def encode_split(model: VAE, dataset: XrayDataset, config: Config, here: World) -> tuple[Tensor, Tensor, Tensor]:
+def encode_split(model: VAE, dataset: XrayDataset, here: World) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and log-variance (N, *latent_shape) float32 and class (N,) int64 of each image, on the CPU of every rank.
 
     In float32 and in evaluation mode, each image once, in stored order and in blocks of 64 whatever the number of

@@ -51,16 +51,20 @@ class Loop(ABC):
         self.config, self.run, self.here = config, run, here
         self.lock = run.take(config) if here.is_main else None
         self.train_set, self.test_set = self.open_sets()
-        self.num_steps = count_steps(config, len(self.train_set))
+        # The last may reach a few images into a further epoch.
+        self.num_steps = math.ceil(config.train.epochs * len(self.train_set) / config.train.batch_size)
         self.stream = TrainingStream(len(self.train_set), config.seed, config.data.shuffle_block)
         self.state = TrainState.create(config, here.device, self.build_network())
-        self.log = RunLog(run, enabled=here.is_main)
         hashes = {data.index.split: data.index.content_hash for data in (self.train_set, self.test_set)}
         self.checkpoints = Checkpoints(
             run.checkpoints, here, config, hashes, before_publishing=self.settle, classes=self.train_set.index.classes
         )
         loaded, skipped = self.checkpoints.load_latest(self.state)
-        check_length(config, self.state, len(self.train_set))
+        if self.state.step > self.num_steps:  # its weights would be mislabelled
+            raise UserError(
+                f"{config.run_dir} has done {self.state.step} steps, more than the {self.num_steps} of "
+                f"train.epochs={config.train.epochs}: ask for more epochs or name another run_dir"
+            )
         if here.is_main:
             run.claim(config, {"world_size": here.size, "device": str(here.device)})
             if self.state.step < self.num_steps:
@@ -71,7 +75,7 @@ class Loop(ABC):
         self.unseen, self.stopwatch, self.first_step = UnseenOutcomes(self.state.scaler), Stopwatch(), self.state.step
         self._pictures = ThreadPoolExecutor(1, "pictures")
         self._writing: tuple[int, Future[None]] | None = None
-        self.log.begin(self.state.step, self.stopwatch)
+        self.log = RunLog(run, self.state.step, self.stopwatch, enabled=here.is_main)
         self.beat("starting")
         if here.is_main:
             advice = advise(config.train.precision, here.device)
@@ -306,18 +310,4 @@ class Loop(ABC):
             f"({train_config.epochs} epochs of {len(self.train_set)}), {here.size} "
             f"{'process' if here.size == 1 else 'processes'} on {here.device.type}, {train_config.precision}, "
             f"images {PLACES[self.train_set.place]}"
-        )
-
-
-def count_steps(config: Config, num_images: int) -> int:
-    """Steps of a run, each of a whole batch: the last one may reach a few images into a further epoch."""
-    return math.ceil(config.train.epochs * num_images / config.train.batch_size)
-
-
-def check_length(config: Config, state: TrainState, num_images: int) -> None:
-    """Raises UserError where the run is past the end that is asked for: its weights would be mislabelled."""
-    if state.step > count_steps(config, num_images):
-        raise UserError(
-            f"{config.run_dir} has done {state.step} steps, more than the {count_steps(config, num_images)} of "
-            f"train.epochs={config.train.epochs}: ask for more epochs or name another run_dir"
         )

@@ -61,14 +61,6 @@ def loss_record(losses: Losses, kl_weight: float, image_size: int) -> dict[str, 
     }
 
 
-def in_words(record: Mapping[str, float]) -> str:
-    """`610.2 = 590.1 + KL 20.1 nats/image, 0.851 bits/dim`."""
-    return (
-        f"{record['loss_nats']:.1f} nats/image (reconstruction {record['reconstruction_nats']:.1f}, "
-        f"KL {record['kl_nats']:.1f}, {record['bits_per_dim']:.3f} bits/dim)"
-    )
-
-
 class _Lines:
     """A file of lines that keeps what a full disk refuses until `sync`; two threads may use it."""
 
@@ -102,30 +94,27 @@ class _Lines:
 class RunLog:
     """metrics.jsonl, speed.jsonl and TensorBoard of a run. With `enabled=False` (ranks > 0) nothing is recorded."""
 
-    def __init__(self, run: RunDir, *, enabled: bool = True) -> None:
+    def __init__(self, run: RunDir, step: int, watch: Stopwatch, *, enabled: bool = True) -> None:
+        """Opens the files of a run that goes on after `step` steps; records of later ones go: that work is lost.
+
+        `watch` tells what the time goes into.
+        """
         self.run, self.enabled = run, enabled
         self._board: Any = None
         self.loss_nats: float | None = None
         """Of the step that was logged last."""
         self.test_loss_nats: float | None = None
         """Of the epoch that ended last, in this attempt."""
+        self._watch, self._last_seconds = watch, dict(watch.seconds)
+        self._started = self._last_time = time.perf_counter()
+        self._last_step = self._begun_after = step
+        if enabled:
+            self._metrics, self._speed = _Lines(run.metrics, step), _Lines(run.speed, step)
 
     @property
     def note(self) -> str:
         """The last loss, for the progress bar."""
         return "" if self.loss_nats is None else f"loss {self.loss_nats:.1f}"
-
-    def begin(self, step: int, watch: Stopwatch) -> None:
-        """Opens the files of a run that goes on after `step` steps; records of later ones go: that work is lost.
-
-        `watch` tells what the time goes into.
-        """
-        self._watch, self._last_seconds = watch, dict(watch.seconds)
-        self._started = self._last_time = time.perf_counter()
-        self._last_step = self._begun_after = step
-        if not self.enabled:
-            return
-        self._metrics, self._speed = _Lines(self.run.metrics, step), _Lines(self.run.speed, step)
 
     def write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""

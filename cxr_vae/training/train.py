@@ -20,7 +20,7 @@ from cxr_vae.stopping import StopSignal
 from cxr_vae.training.compilation import share_compiled
 from cxr_vae.training.efficiency import flops_per_image
 from cxr_vae.training.loop import Loop
-from cxr_vae.training.run_log import in_words, loss_record, read_epochs
+from cxr_vae.training.run_log import loss_record, read_epochs
 from cxr_vae.training.schedules import kl_weight
 from cxr_vae.training.vae_step import VaeStep
 from cxr_vae.training.validation import draw_grids, test_losses
@@ -90,7 +90,10 @@ class Training(Loop):
 
     def in_words(self, record: Mapping[str, float]) -> str:
         """See Loop.in_words."""
-        return in_words(record)
+        return (
+            f"{record['loss_nats']:.1f} nats/image (reconstruction {record['reconstruction_nats']:.1f}, "
+            f"KL {record['kl_nats']:.1f}, {record['bits_per_dim']:.3f} bits/dim)"
+        )
 
     def test(self) -> tuple[float, dict[str, float]]:
         """See Loop.test: checkpoints are compared by the negative ELBO."""
