@@ -1,15 +1,17 @@
-"""Where jobs run: this machine in the background (through submitit), or this terminal; for Slurm see `slurm_queue`."""
+"""Where jobs run: this machine, in the background or in this terminal; for Slurm see `slurm_queue`."""
 
 import contextlib
 import getpass
 import os
+import pickle
 import shlex
-import signal
 import socket
+import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,15 +20,13 @@ from cxr_vae.run_dir import git_revision
 from cxr_vae.stopping import STOPPED_EXIT_CODE
 from launch.records import Record
 from launch.stages import Stage
-from launch.starters import ALL, Here, Starter
+from launch.starters import Here, Starter
 from launch.supervisor import Supervisor
-
-YEAR_MIN = 365 * 24 * 60
 
 
 @dataclass(frozen=True)
 class Job:
-    """What submitit pickles and calls where the job is: stages one after another, until one doesn't succeed."""
+    """What is pickled and called where the job is: stages one after another, until one doesn't succeed."""
 
     stages: tuple[Stage, ...]
     starter: Starter
@@ -37,8 +37,6 @@ class Job:
 
     def __call__(self) -> None:
         """Ends the process with the exit code of the stage that failed, which Slurm then shows as the job's."""
-        if isinstance(self.starter, Here):
-            os.setsid()  # what a script's terminal sends to its processes is not for the job
         code = self.run()
         if code:
             sys.stdout.flush()
@@ -46,11 +44,16 @@ class Job:
 
     def run(self) -> int:
         """The exit code of the first stage that doesn't succeed, or 0."""
-        first = 0
+        first, on_terminal = 0, self.starter.on_terminal
         for stage in self.stages:
+            if isinstance(self.starter, Here) and not on_terminal:
+                print_into(stage.job_log)  # which Slurm does for its jobs
             code = Supervisor(stage, self.starter, self.margin_s).run()
             first = first or code
-            if code and not self.keep_going:
+            if code and on_terminal:
+                print(f"{stage.name} ended with exit code {code}", file=sys.stderr)
+            interrupted = on_terminal and code == STOPPED_EXIT_CODE
+            if code and (interrupted or not self.keep_going):
                 break
         return first
 
@@ -86,59 +89,53 @@ class Cluster(ABC):
 
 
 @dataclass
-class Inline(Cluster):
-    """This terminal: returns when the last stage has ended, and Ctrl-C stops it."""
+class ThisMachine(Cluster):
+    """One stage after another: `inline` in this terminal, until the last has ended; `local` in the background."""
 
-    name = "inline"
-
-    def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
-        """Runs them here."""
-        for stage in stages:
-            self.record(stage, str(os.getpid()), facts | process_facts(os.getpid()))
-            print(f"\n── {stage.name} ──", flush=True)
-            code = Job((stage,), Here(on_terminal=True)).run()
-            if code:
-                print(f"{stage.name} ended with exit code {code}", file=sys.stderr)
-                return code
-        return 0
-
-    def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
-        """One after another."""
-        codes = []
-        for stage in stages:
-            codes.append(self.submit([stage], facts))
-            if codes[-1] == STOPPED_EXIT_CODE:
-                return STOPPED_EXIT_CODE
-        return max(*codes, self.submit([table], facts))
-
-
-@dataclass
-class Local(Cluster):
-    """This machine, in the background: returns at once, and the terminal may be closed."""
-
-    name = "local"
+    name: str
 
     def submit(self, stages: Sequence[Stage], facts: dict[str, Any]) -> int:
-        """One process for the chain."""
-        return self._submit(stages, facts, keep_going=False)
+        """Until one doesn't succeed."""
+        return self._start(Job(tuple(stages), self._starter), facts)
 
     def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
-        """One after another, in one process."""
-        return self._submit([*stages, table], facts, keep_going=True)
+        """All of them, however they end."""
+        return self._start(Job((*stages, table), self._starter, keep_going=True), facts)
 
-    def _submit(self, stages: Sequence[Stage], facts: dict[str, Any], *, keep_going: bool) -> int:
-        import submitit
+    @property
+    def _starter(self) -> Here:
+        return Here(on_terminal=self.name == "inline")
 
-        executor = submitit.LocalExecutor(stages[-1].run_dir.jobs / "submitit")
-        executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
-        starter = Here(cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES", ALL))
-        with detached():
-            job = executor.submit(Job(tuple(stages), starter, keep_going=keep_going))
-        facts |= process_facts(int(job.job_id))
-        for stage in stages:
-            self.record(stage, job.job_id, facts)
-            print(f"{stage.name}: process {job.job_id}", flush=True)
-        return 0
+    def _start(self, job: Job, facts: dict[str, Any]) -> int:
+        process = os.getpid() if self.name == "inline" else in_background(job)
+        facts |= process_facts(process)
+        for stage in job.stages:
+            self.record(stage, str(process), facts)
+            if self.name == "local":
+                print(f"{stage.name}: process {process}", flush=True)
+        return job.run() if self.name == "inline" else 0
+
+
+def in_background(job: Job) -> int:
+    """The process that runs a job, in a session of its own: this terminal's signals and pipes are not for it."""
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer)()"
+    call = [sys.executable, "-u", "-c", code, str(job.stages[0].run)]  # the last for whoever looks at `ps`
+    log = job.stages[0].job_log
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True)
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        pickle.dump(job, pipe)
+    return process.pid
+
+
+def print_into(log: Path) -> None:
+    """From now on all that this process prints, after what is there."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def process_facts(process: int) -> dict[str, Any]:
@@ -152,24 +149,3 @@ def as_typed(stage: Stage) -> str:
     """The command of a stage on one machine, as one would type it."""
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.num_ranks}"]
     return shlex.join([sys.executable, *(many if stage.num_ranks > 1 else []), "-m", "cxr_vae", *stage.arguments])
-
-
-@contextlib.contextmanager
-def detached() -> Iterator[None]:
-    """What is started meanwhile outlives this terminal: no signal of it, and nothing of it to read or write."""
-    numbers = (signal.SIGINT, signal.SIGHUP)
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    sys.stdout.flush()
-    kept = [os.dup(stream) for stream in (0, 1, 2)]
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
-    try:
-        yield
-    finally:
-        for stream, copy in enumerate(kept):
-            os.dup2(copy, stream)
-            os.close(copy)
-        os.close(nothing)
-        for number, handler in previous.items():
-            signal.signal(number, handler)

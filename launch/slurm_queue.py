@@ -113,7 +113,7 @@ class Slurm(Cluster):
         more = self.options | (self.gpu_options if stage.name in ("train", "prior", "evaluate") else {})
         more = {key.replace("-", "_"): value for key, value in more.items()}  # in place of submitit's, not beside them
         # A job may come back after it was cut off, into the same log.
-        more |= {"requeue": True, "output": f"{stage.run_dir.logs.absolute()}/{stage.log_name}-job.log"}
+        more |= {"requeue": True, "output": str(stage.job_log)}
         if after:
             more |= {"dependency": after, "kill-on-invalid-dep": "yes"}
         return {

@@ -51,6 +51,11 @@ class Stage:
         """What the names of its logs begin with."""
         return f"{self.run.name}-{self.name}"
 
+    @property
+    def job_log(self) -> Path:
+        """What its supervisor says."""
+        return self.run_dir.logs.absolute() / f"{self.log_name}-job.log"
+
     def progress(self) -> int:
         """A number that grows when the stage is brought on, by whatever an interruption doesn't take away."""
         if self.name == "train":

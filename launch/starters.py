@@ -22,9 +22,6 @@ Processes = Sequence["subprocess.Popen[bytes]"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that must not come from wherever the job was submitted."""
 
-ALL = "all"
-"""In place of a CUDA_VISIBLE_DEVICES that was not set."""
-
 POLL_S = 0.2
 
 LOOK_EVERY_S = 10.0
@@ -88,23 +85,16 @@ class Here(Starter):
     """All ranks on this machine. On a terminal they print there, else each into its own log."""
 
     on_terminal: bool = False
-    cuda_visible_devices: str | None = None
-    """Of the submitter, since submitit's local executor hides all GPUs; ALL: it was not set; None: as it is here."""
 
     @property
     def job(self) -> str:
         """The process, since there is no queue."""
-        return os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+        return str(os.getpid())
 
     def start(self, stage: Stage, ends: Path) -> Processes:
         """One process a rank."""
         command = rank_command([sys.executable], stage, ends.absolute(), "127.0.0.1", free_port())
         processes = []
-        environment = dict(os.environ)
-        if self.cuda_visible_devices == ALL:
-            environment.pop("CUDA_VISIBLE_DEVICES", None)
-        elif self.cuda_visible_devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.cuda_visible_devices
         for rank in range(stage.num_ranks):
             who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stage.num_ranks)}
             with contextlib.ExitStack() as stack:
@@ -115,7 +105,7 @@ class Here(Starter):
                     log = stack.enter_context(path.open("ab"))
                 both = subprocess.STDOUT if log else None
                 # In a session of its own: Ctrl-C comes once, from us, and at the worst all of it is killed together.
-                call = subprocess.Popen(command, env=environment | who, stdout=log, stderr=both, start_new_session=True)
+                call = subprocess.Popen(command, env=os.environ | who, stdout=log, stderr=both, start_new_session=True)
                 processes.append(call)
         return processes
 

@@ -21,7 +21,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.files import write_atomically
 from cxr_vae.run_dir import RunDir
 from launch import slurm_commands
-from launch.clusters import Cluster, Inline, Local
+from launch.clusters import Cluster, ThisMachine
 from launch.profiles import Profile, gpus_of, load_profile, minutes_of, sbatch_of, sbatch_options, shape_of
 from launch.slurm_queue import Slurm
 from launch.stages import Shape, Stage, stages_of
@@ -71,7 +71,7 @@ class Submission:
     def cluster(self) -> Cluster:
         """Where to."""
         if self.where != "slurm":
-            return Inline() if self.where == "inline" else Local()
+            return ThisMachine(self.where)
         gpus = gpus_of(self.config, self.profile)
         plain = sbatch_options(self.config, self.profile, gpus=int(self.profile.gpu_in_every_job)) | self.sbatch
         computing = sbatch_options(self.config, self.profile, gpus=gpus) | self.sbatch

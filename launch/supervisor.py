@@ -69,8 +69,9 @@ class Supervisor:
         """Runs the ranks once; records how they ended and what follows."""
         stage = self.stage
         attempt = record.begin(socket.gethostname(), stage.progress(), self.starter.allocation)
-        if not self.starter.on_terminal or attempt.number > 1:
-            say(f"── {stage.name}, attempt {attempt.number} on {attempt.host}{stage.describe_progress()}")
+        at_once = self.starter.on_terminal and attempt.number == 1
+        more = f", attempt {attempt.number} on {attempt.host}{stage.describe_progress()}"
+        say(f"\n── {stage.name} ──" if at_once else f"── {stage.name}{more}")
         ends = record.ranks(attempt.number)
         self._children = self.starter.start(stage, ends)
         if self._told:  # while nobody was there to be told

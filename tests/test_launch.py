@@ -184,7 +184,9 @@ class TestLocal:
         check_sentence(twice, "has a train job already", f"cxr-launch cancel {run}", program="cxr-launch")
         followed = ask("logs", run, "--follow")
         assert "trained weights:" in followed
-        assert followed.count("steps of 14 images") == 2
+        log = (run / "logs" / f"run-train-{socket.gethostname()}-rank0.log").read_text()
+        assert log.count("steps of 14 images") == 2  # `logs` shows the last lines only
+        assert f"run-train-job: ── train, attempt 2 on {socket.gethostname()}" in followed
         status = states(run)["train"]
         assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 300)
         undisturbed = trainings(shards, tmp_path / "other", "epochs=60", "checkpoint.every_steps=7")
@@ -215,6 +217,15 @@ class TestLocal:
         check_saved_at_its_end(run)
         assert states(run)["train"]["state"] == "cancelled"
         assert "nothing to cancel" in ask("cancel", run)
+
+    def test_a_sweep_is_one_training_after_another_and_a_table(self, shards: Path, tmp_path: Path) -> None:
+        told = trainings(shards, tmp_path, "processes_per_node=1", "epochs=1", "lr=1e-3,1e300")
+        assert launch("sweep", *told, cluster="local").returncode == 0
+        sweep = tmp_path / "run"
+        wait_until(lambda: states(sweep)["report"]["state"] not in ("running", "waiting"), every_s=2)
+        found = {one["run"]: one["state"] for one in json.loads(ask("status", sweep, "--json"))}
+        assert found == {str(sweep / "lr=1e-3"): "done", str(sweep / "lr=1e300"): "failed", str(sweep): "done"}
+        assert "lr=1e-3" in ask("logs", sweep, "--stage", "report")
 
     def test_a_bug_is_not_tried_for_ever(self, shards: Path, tmp_path: Path) -> None:
         code = (

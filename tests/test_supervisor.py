@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.clusters import Job
+from launch.clusters import Job, in_background
 from launch.records import Attempt, RankEnd, Record
 from launch.stages import Stage
 from launch.starters import Here, free_port
@@ -128,10 +128,13 @@ def test_a_chain_stops_at_a_stage_that_fails_unless_it_is_a_sweep(tmp_path: Path
         Stage("report", ("report", str(tmp_path / "nowhere")), tmp_path / name, tmp_path)
         for name in ("first", "second")
     ]
-    assert Job(tuple(stages), Here()).run() == 2
+    assert psutil.Process(in_background(Job(tuple(stages), Here()))).wait(120) == 2
+    assert "report mistake: " in stages[0].job_log.read_text()
     assert not (tmp_path / "second").exists()
-    assert Job(tuple(stages), Here(), keep_going=True).run() == 2
+    assert psutil.Process(in_background(Job(tuple(stages), Here(), keep_going=True))).wait(120) == 2
     assert list((tmp_path / "second/logs").glob("second-report-*-rank0.log"))
+    assert stages[0].job_log.read_text().count("attempt 1 on") == 2
+    assert stages[1].job_log.read_text().count("attempt 1 on") == 1
 
 
 def test_a_process_that_came_by_an_old_number_is_not_taken_for_the_job(tmp_path: Path) -> None:
