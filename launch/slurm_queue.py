@@ -24,8 +24,8 @@ REPORT_MIN = 30
 USERS_OWN = ("account", "partition", "qos", "reservation", "constraint", "wckey")
 """Options that people set once for all, such as by SBATCH_ACCOUNT in their shell's start-up file."""
 
-SETTLING_S = 1.5
-"""Until a job that was just queued has a reason for waiting."""
+SETTLING_S, LOOKS = 1.5, 3
+"""How often it is looked, and after which pauses, whether a job that was just queued has a reason for waiting."""
 
 
 @dataclass
@@ -189,8 +189,11 @@ def submitting(stage: Stage, options: Mapping[str, Any]) -> Iterator[None]:
 
 def warn_of_waiting(jobs: Sequence[str]) -> None:
     """Says so where Slurm would let a job wait for ever, with its own reason."""
-    time.sleep(SETTLING_S)
-    queue = slurm_commands.queue() or {}
+    for _ in range(LOOKS):
+        time.sleep(SETTLING_S)
+        queue = slurm_commands.queue() or {}
+        if all(queue[job].reason != "None" for job in jobs if job in queue):
+            break
     for job in jobs:
         if job in queue and queue[job].may_wait_for_ever:
             print(

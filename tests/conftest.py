@@ -44,6 +44,8 @@ SLOW_FILES = (
     "doctor",
     "audit",
     "efficiency",
+    "local_cluster",
+    "stopping",
 )
 """The slowest first: each file runs in one process, and the last must not be a long one."""
 

@@ -80,6 +80,20 @@ def with_patch(folder: Path, code: str) -> dict[str, str]:
     return environment(PYTHONPATH=f"{library}:{Path(__file__).parents[1]}")
 
 
+SLOW_STEPS = """
+import sys
+if "cxr_vae" in sys.orig_argv:
+    import time
+    from cxr_vae.training.loop import Loop
+    step = Loop.step
+    def slow(*arguments):
+        time.sleep(0.05)
+        return step(*arguments)
+    Loop.step = slow
+"""
+"""For `with_patch`: so that no training ends before it is interrupted."""
+
+
 def command(program: str, *arguments: Any, ranks: int = 1) -> list[str]:
     """`cxr-vae …` or `cxr-launch …`, under torchrun where there is more than one rank."""
     module = {
@@ -91,11 +105,11 @@ def command(program: str, *arguments: Any, ranks: int = 1) -> list[str]:
 
 
 def cxr_vae(
-    *arguments: Any, ranks: int = 1, program: str = "cxr-vae", **variables: str
+    *arguments: Any, ranks: int = 1, torchrun: bool = False, program: str = "cxr-vae", **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs a command in its own process, with environment `variables`; returns it with its output."""
-    if (program, ranks) == ("cxr-vae", 1) and "PYTHONPATH" not in variables:
-        return run_warm([*map(str, arguments)], environment(**variables), 400)
+    """Runs a command in its own process, or several, with environment `variables`; returns it with its output."""
+    if program == "cxr-vae" and not torchrun and "PYTHONPATH" not in variables:
+        return run_warm([*map(str, arguments)], environment(**variables), 400, ranks)
     return subprocess.run(
         command(program, *arguments, ranks=ranks),
         env=environment(**variables),
@@ -133,7 +147,7 @@ def check_saved_at_its_end(run: Path) -> None:
     assert published(run / "checkpoints")[0].name == f"step-{last['step']:010d}"
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90, every_s: float = 0.1) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 300, every_s: float = 0.1) -> None:
     """Waits for what has to come true; asks seldom where that runs a command."""
     end = time.monotonic() + seconds
     while not condition():

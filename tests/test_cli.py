@@ -1,3 +1,4 @@
+import functools
 import re
 import resource
 import subprocess
@@ -21,6 +22,13 @@ COMMANDS = {
 ALL = [(program, name) for program, names in COMMANDS.items() for name in names]
 
 
+@functools.cache
+def help_of(program: str, name: str) -> str:
+    result = call(name, "--help", program=program)
+    assert result.returncode == 0
+    return result.stdout
+
+
 @pytest.mark.parametrize("program", COMMANDS)
 def test_help_lists_every_command(program: str) -> None:
     result = call("--help", program=program)
@@ -31,21 +39,20 @@ def test_help_lists_every_command(program: str) -> None:
 
 @pytest.mark.parametrize(("program", "name"), ALL)
 def test_help_of_a_command_shows_defaults_and_an_example(program: str, name: str) -> None:
-    result = call(name, "--help", program=program)
-    assert result.returncode == 0
-    assert "example: " in result.stdout
-    assert f"{program} {name}" in result.stdout or "cxr_vae train" in result.stdout
-    options = re.findall(r"^  (--[a-z-]+)(?: |$)", result.stdout, re.MULTILINE)
+    text = help_of(program, name)
+    assert "example: " in text
+    assert f"{program} {name}" in text or "cxr_vae train" in text
+    options = re.findall(r"^  (--[a-z-]+)(?: |$)", text, re.MULTILINE)
     assert (
-        result.stdout.count("default")
+        text.count("default")
         >= len([option for option in options if option not in ("--out", "--dry-run", "--grid")]) - 1
     )
-    assert "None" not in result.stdout
+    assert "None" not in text
 
 
 @pytest.mark.parametrize(("program", "name"), ALL)
 def test_examples_parse(program: str, name: str) -> None:
-    text = " ".join(call(name, "--help", program=program).stdout.split("example: ")[1].split())
+    text = " ".join(help_of(program, name).split("example: ")[1].split())
     words = re.sub(r"^.*?(?:-m cxr_vae|cxr-vae|cxr-launch) ", "", text, count=1).split()
     if program == "cxr-vae":
         from cxr_vae.cli import build_parser
@@ -67,14 +74,17 @@ def test_help_needs_no_torch_and_comes_within_a_second(program: str, module: str
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
-    def seconds() -> float:
+    def seconds(*call: str) -> float:
         """Of the processor: others work on this machine, too."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command(program, "--help"), env=environment(), capture_output=True, check=True)
+        subprocess.run(call, env=environment(), capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 1
+    least, of_python = (
+        min(seconds(*call) for _ in range(3)) for call in (command(program, "--help"), [sys.executable, "-c", "pass"])
+    )
+    assert least < max(1, 25 * of_python)  # a slow machine's Python takes its time, too
 
 
 def test_a_mistyped_command_lists_the_right_ones() -> None:

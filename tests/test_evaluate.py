@@ -178,13 +178,7 @@ class TestMistakes:
     """One sentence, exit code 2."""
 
     def test_missing_weights_stop_it_at_the_start_with_two_ways_out(self, trained: Path, tmp_path: Path) -> None:
-        result = subprocess.run(
-            command("cxr-vae", "evaluate", trained, "num_generated=50"),
-            env=environment(TORCH_HOME=str(tmp_path)),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = cxr_vae("evaluate", trained, "num_generated=50", TORCH_HOME=str(tmp_path))
         check_sentence(result, "cxr-vae fetch-weights", "fetch-weights --from FILE", "features=random")
 
     def test_no_run(self, tmp_path: Path) -> None:

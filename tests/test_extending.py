@@ -49,7 +49,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory, source: Path, shards: Pat
 def call(root: Path, *words: str) -> str:
     """Runs Python on words there; what it prints."""
     command, there = [sys.executable, *words], environment(PYTHONPATH=str(root))
-    result = subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, (words, result.stdout, result.stderr)
     return result.stdout
 
@@ -78,14 +78,10 @@ def test_what_a_section_types_works(heading: str, extended: Path) -> None:
             subprocess.run(["bash", "-euc", block.text], cwd=extended, check=True)
     for words in of_section(heading, "cxr-vae"):
         call(extended, "-m", "cxr_vae", *words, *ADDED.get(words[0], ()))
-
-
-def test_figures_of_a_feature_network_have_its_name(extended: Path) -> None:
-    ((command, run, *options),) = of_section("A feature network", "cxr-vae")
-    call(extended, "-m", "cxr_vae", command, run, *options, *ADDED[command])
-    results = (extended / run / "evaluation/evaluation_results.json").read_text()
-    assert "frechet_fields" in results
-    assert '"fid"' not in results
+        if heading == "A feature network":
+            results = (extended / words[1] / "evaluation/evaluation_results.json").read_text()
+            assert "frechet_fields" in results
+            assert '"fid"' not in results
 
 
 def test_the_charbonnier_term_is_added_to_the_loss(extended: Path) -> None:

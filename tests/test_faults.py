@@ -13,8 +13,6 @@ import pytest
 
 from tests.helpers import environment
 
-pytestmark = pytest.mark.timeout(600)  # a limit for what hangs, on a machine where others work too
-
 
 def benchmark(name: str, *arguments: str, missed: bool = False) -> str:
     """What it prints; where a target of time may be `missed`, since others work on this machine, too."""

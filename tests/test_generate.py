@@ -22,7 +22,7 @@ def test_a_sample_depends_on_seed_and_number_alone(trained: Path, tmp_path: Path
     few, many, two, other = (tmp_path / name for name in ("few", "many", "two", "other"))
     assert cxr_vae("generate", trained, "--num", 5, "--out", few).returncode == 0
     assert cxr_vae("generate", trained, "--num", 150, "--out", many).returncode == 0
-    assert cxr_vae("--", "generate", trained, "--num", 150, "--out", two, ranks=2).returncode == 0
+    assert cxr_vae("generate", trained, "--num", 150, "--out", two, ranks=2).returncode == 0
     assert cxr_vae("generate", trained, "--num", 5, "--out", other, "--seed", 1).returncode == 0
     assert [path.name for path in sorted(few.glob("*.png"))] == [f"{number:06d}.png" for number in range(5)]
     assert len(images(many)) == 150

@@ -3,7 +3,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from cxr_vae import locks
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.training.run_log import read_records
-from tests.helpers import check_sentence, command, cxr_vae, environment, wait_until
+from tests.helpers import check_sentence, command, cxr_vae, environment, wait_until, with_patch
 from tests.test_train import arguments
 
 
@@ -56,7 +55,7 @@ def test_it_waits_longer_for_one_on_another_machine_which_may_be_dead(
     (tmp_path / ".lock").write_text("process 7 on elsewhere since 2026-11-22 12:00:00\n")
     with pytest.raises(UserError, match="in use by process 7 on elsewhere since"):
         DirectoryLock(tmp_path, wait_s=0)
-    threading.Timer(1, process.kill).start()
+    monkeypatch.setattr("cxr_vae.locks.time.sleep", lambda _: process.kill())  # when it has been told
     DirectoryLock(tmp_path, wait_s=0.1).release()
     assert "in use by process 7 on elsewhere since 2026-11-22 12:00:00; waiting 60 s" in capsys.readouterr().err
     process.join()
@@ -85,14 +84,15 @@ def test_two_runs_on_one_run_directory(shards: Path, tmp_path: Path) -> None:
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)  # it has the lock, and needs no processor for that
-    second = cxr_vae(*arguments(shards, run, "epochs=5000"))
+    impatient = with_patch(tmp_path, "import cxr_vae.locks\ncxr_vae.locks.DirectoryLock.__init__.__defaults__ = (3.0,)")
+    second = subprocess.run(call, env=impatient, capture_output=True, text=True, check=False)
     first.send_signal(signal.SIGCONT)
     assert f"{run} is in use by process {first.pid} on" in second.stderr
-    assert "waiting 20 s for it to leave" in second.stderr
+    assert "waiting 3 s for it to leave" in second.stderr
     second.stderr = second.stderr.splitlines()[-1]
     check_sentence(second, "is in use by", "wait for it, stop it, or name another directory")
     done = len(read_records(run / "metrics.jsonl"))
     wait_until(lambda: len(read_records(run / "metrics.jsonl")) > done)  # undisturbed
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 75
-    assert subprocess.run([*call[:-1], "epochs=1"], env=environment(), check=False).returncode == 2  # freed, too short
+    assert cxr_vae(*arguments(shards, run, "epochs=1")).returncode == 2  # freed, too short

@@ -132,11 +132,11 @@ def running(out: Path, num: int, images: int) -> Iterator["subprocess.Popen[str]
 
 
 def test_a_killed_run_is_finished(reference: dict[str, bytes], tmp_path: Path) -> None:
-    with running(tmp_path, NUM, images=3) as run:
+    with running(tmp_path, NUM, images=1) as run:
         run.kill()
-        run.communicate(timeout=10)  # until the last worker, which holds stderr too, has followed its parent
+        run.communicate(timeout=60)  # until the last worker, which holds stderr too, has followed its parent
         assert run.returncode == -signal.SIGKILL
-        assert 3 <= len(list(tmp_path.rglob("*.jpeg"))) < NUM
+        assert 1 <= len(list(tmp_path.rglob("*.jpeg"))) < NUM
     write_phantoms(tmp_path, NUM, SEED, workers=1)
     assert contents(tmp_path) == reference
 
@@ -157,9 +157,9 @@ def test_it_takes_as_many_cores_as_its_launcher_says(tmp_path: Path, monkeypatch
 
 
 def test_ctrl_c_leaves_promptly_and_without_workers(tmp_path: Path) -> None:
-    with running(tmp_path, 2000, images=1) as run:
+    with running(tmp_path, 2000, images=12) as run:  # of both workers
         os.killpg(run.pid, signal.SIGINT)  # to all, as the terminal does
-        _, errors = run.communicate(timeout=10)
+        _, errors = run.communicate(timeout=60)
     assert run.returncode == -signal.SIGINT
     assert errors.startswith("Traceback")  # no progress bar before it: stderr is no terminal
     assert errors.rstrip().endswith("KeyboardInterrupt")

@@ -42,6 +42,9 @@ def test_export_of_one_by_name_or_of_the_best(averaged: Path, tmp_path: Path) ->
         assert torch.equal(vae.state_dict()[name], tensors[f"ema.{name}"]), name
         if name == "to_mean.weight":
             assert not torch.equal(vae.state_dict()[name], value)  # trained
+    latest = {f"model.{name}": torch.empty_like(value) for name, value in vae.state_dict().items()}
+    read_tensors(run / "checkpoints" / "step-0000000004", latest)
+    assert not torch.equal(latest["model.to_mean.weight"], tensors["ema.to_mean.weight"])  # it is the average
     best = best_of(run / "checkpoints")
     assert best is not None
     assert cxr_vae("export", run, "--checkpoint", "best").stdout == f"{run / f'vae_{best.name}.safetensors'}\n"

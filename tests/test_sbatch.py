@@ -51,7 +51,6 @@ def test_an_evaluation_that_is_longer_than_its_time_limit_shows_how_far_it_is(tm
     assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == "2 files\n"
 
 
-@pytest.mark.timeout(500)
 def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machine(
     slurm_cluster: SlurmCluster, source: Path, tmp_path: Path
 ) -> None:
@@ -63,11 +62,11 @@ def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machi
 
     log, told = tmp_path / "train.log", [*OPTIONS, f"data.shards={shards}", "epochs=80"]
     job = sbatch(cluster, log, "train", *told, f"run_dir={run}", nodes=2, ranks=2)
-    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 20, 90)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 20, 300)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: published(run / "checkpoints"), 30)
+    wait_until(lambda: published(run / "checkpoints"), 120)
     stopped_at = published(run / "checkpoints")[0].name
-    assert ended(cluster, job, 180) == "COMPLETED", log.read_text()
+    assert ended(cluster, job, 600) == "COMPLETED", log.read_text()
     assert "back into the queue" in log.read_text()
     assert f"going on from {stopped_at}" in log.read_text()
     alone = cxr_vae("train", *told, f"run_dir={tmp_path / 'alone'}", ranks=4)
@@ -83,7 +82,6 @@ def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machi
     assert (run / "evaluation/evaluation_results.json").is_file()
 
 
-@pytest.mark.timeout(600)
 def test_a_cancelled_job_stays_so_and_a_mistake_is_told(
     slurm_cluster: SlurmCluster, shards: Path, tmp_path: Path
 ) -> None:

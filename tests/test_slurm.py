@@ -58,8 +58,9 @@ def trains(run: Path) -> bool:
     return (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 5
 
 
-@pytest.mark.timeout(600)
-def test_a_pipeline_on_two_nodes_is_that_of_one_machine(launch: Launcher, source: Path, tmp_path: Path) -> None:
+def test_a_pipeline_on_two_nodes_is_that_of_one_machine(
+    launch: Launcher, source: Path, shards: Path, tmp_path: Path
+) -> None:
     def told(where: str, *more: str) -> list[object]:
         paths = (
             f"data.source={source}",
@@ -87,12 +88,11 @@ def test_a_pipeline_on_two_nodes_is_that_of_one_machine(launch: Launcher, source
     assert environment["host"] == "node1"
     assert (run / "config.yaml").is_file()
 
-    alone = launch(*told("inline", "processes_per_node=4", "epochs=3"), "--cluster=inline")
-    assert alone.returncode == 0, alone.stderr
-    assert same(run, tmp_path / "inline/run")
+    alone = training(shards, tmp_path / "alone", "processes_per_node=4", "epochs=3")  # on shards made elsewhere, too
+    assert launch(*alone, "--cluster=inline").returncode == 0
+    assert same(run, tmp_path / "alone")
 
 
-@pytest.mark.timeout(600)
 def test_a_stage_that_fails_takes_those_after_it_along(launch: Launcher, source: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(source, tmp_path / "source")
     for path in list((broken / "train" / "NORMAL").iterdir())[:10]:
@@ -100,27 +100,28 @@ def test_a_stage_that_fails_takes_those_after_it_along(launch: Launcher, source:
     run = tmp_path / "run"
     paths = (f"data.source={broken}", f"data.shards={tmp_path / 'shards'}", f"run_dir={run}", "features=random")
     launch.submit("pipeline", "configs/reference.yaml", *SMALL, *paths)
-    wait_until(lambda: gone(launch.cluster), 60, every_s=0.5)
+    wait_until(lambda: gone(launch.cluster), 300, every_s=0.5)
+    stages = [f"run/{stage}" for stage in ("train", "evaluate", "report")]
+    # The controller forgets cancelled jobs at once; accounting may hear of it later.
+    wait_until(lambda: {launch.status(run)[stage]["state"] for stage in stages} == {"cancelled"}, every_s=2)
     status = launch("status", run)
     assert status.returncode == 1
     assert "it would meet the same again" in status.stdout
     found = launch.status(run)
     assert found["run/shard"]["state"] == "failed"
-    assert {found[f"run/{stage}"]["state"] for stage in ("train", "evaluate", "report")} == {"cancelled"}
     assert "the stage before it" in found["run/train"]["why"]
     assert "images can't be read" in launch("logs", run).stdout
 
 
-@pytest.mark.timeout(600)
 def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path, tmp_path: Path) -> None:
     told = ["sweep", "configs/reference.yaml", *SMALL, f"data.shards={shards}", f"run_dir={tmp_path / 'sweep'}"]
     jobs = launch.submit(*told, "epochs=60", "lr=1e-3,1e-4", "latent_dim=2,3")
     array = jobs[0].partition("_")[0]
     assert jobs[:4] == [f"{array}_{number}" for number in range(4)]
     told_to_stop = next((tmp_path / "sweep").glob(f"*/jobs/train-{array}_1-*")).parents[1]
-    wait_until(lambda: trains(told_to_stop), 90)
+    wait_until(lambda: trains(told_to_stop), 300)
     launch.cluster.run("scancel", "--signal=USR2", f"{array}_1")
-    wait_until(lambda: gone(launch.cluster), 150, every_s=0.5)
+    wait_until(lambda: gone(launch.cluster), 600, every_s=0.5)
     found = launch.status(tmp_path / "sweep")
     assert {one["state"] for one in found.values()} == {"done"}
     assert {one["job"]: one["attempt"] for one in found.values() if one["stage"] == "train"} == {
@@ -131,12 +132,11 @@ def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path,
     assert len(re.findall(r"latent_dim=[23],lr=1e-[34] +yes +60", table)) == 4
 
 
-@pytest.mark.timeout(600)
 def test_status_cancel_and_twice_the_same_without_accounting(launch: Launcher, shards: Path, tmp_path: Path) -> None:
     run, cluster = tmp_path / "run", launch.cluster
     told = training(shards, run, "epochs=4000", "nodes=2")
     (job,) = launch.submit(*told)
-    wait_until(lambda: trains(run), 180)
+    wait_until(lambda: published(run / "checkpoints"), 300)  # what a save needs has been imported then
     assert cluster.control("service", "stop", "slurmdbd").returncode == 0
     try:
         status = launch.status(run)["run/train"]
@@ -154,13 +154,12 @@ def test_status_cancel_and_twice_the_same_without_accounting(launch: Launcher, s
     check_saved_at_its_end(run)
 
 
-@pytest.mark.timeout(600)
 def test_what_is_cancelled_through_slurm_stays_so_and_the_same_command_goes_on(
     launch: Launcher, shards: Path, tmp_path: Path
 ) -> None:
     run, cluster = tmp_path / "run", launch.cluster
     (job,) = launch.submit(*training(shards, run, "epochs=4000"))
-    wait_until(lambda: trains(run), 180)
+    wait_until(lambda: published(run / "checkpoints"), 300)  # what a save needs has been imported then
     cluster.run("scancel", job)
     wait_until(lambda: gone(cluster), 180, every_s=0.5)
     time.sleep(8)

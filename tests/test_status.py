@@ -85,7 +85,7 @@ def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
     assert follower.is_alive()
     log.write_text("a line\nthe last\n")
     record.end("done", "", 5, "end")
-    follower.join(5)
+    follower.join(12)
     assert not follower.is_alive()
     assert "the last" in capsys.readouterr().out
     assert len(slurm.calls("squeue")) == 1

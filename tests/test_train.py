@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -22,7 +21,17 @@ from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import STOPPED_EXIT_CODE
 from cxr_vae.training.run_log import read_records
 from cxr_vae.weights import WORDS, facts_in, load_vae, save_weights
-from tests.helpers import TINY, check_sentence, command, cxr_vae, environment, processes_with, wait_until
+from tests.helpers import (
+    SLOW_STEPS,
+    TINY,
+    check_sentence,
+    command,
+    cxr_vae,
+    environment,
+    processes_with,
+    wait_until,
+    with_patch,
+)
 
 
 def arguments(shards: Path, run_dir: Path, *options: str) -> list[str]:
@@ -92,75 +101,42 @@ def test_losses_of_an_epoch_are_the_means_of_its_steps(undisturbed: Path) -> Non
     assert [step["kl_weight"] for step in steps[:20]] == pytest.approx([n / 20 for n in range(1, 21)])
 
 
-def trains(run: Path, began: float, saved: int) -> bool:
-    """Whether a process that was started at `began` is some steps past the checkpoint of step `saved`."""
-    told, records = run / "environment.json", read_records(run / "metrics.jsonl")
-    return told.exists() and told.stat().st_mtime >= began and bool(records) and records[-1]["step"] > saved + 4
-
-
-def test_killed_at_random_and_started_again_it_ends_the_same_bit_for_bit(
+def test_told_to_leave_by_any_signal_it_saves_and_the_end_is_the_same(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    rng = random.Random(0)
-    for loading in ("shards", "memory"):  # which may change on the way
-        call = command("cxr-vae", *arguments(shards, run, *LONG, f"loading={loading}"))
-        began, saved = time.time(), RunDir(run).newest_step()
-        process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not trains(run, began, saved):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        assert process.poll() is None, "it ended before it could be killed"
-        process.kill()
-        process.wait()
-    result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "going on from step-" in result.stdout
-    assert_same_result(run, undisturbed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_makes_it_save_and_leave_and_the_end_is_the_same(
-    shards: Path, undisturbed: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    run = tmp_path / "run"
+    run, slowly = tmp_path / "run", with_patch(tmp_path, SLOW_STEPS)
     call = command("cxr-vae", *arguments(shards, run, *LONG))
-    process = subprocess.Popen(call, env=environment(), stdout=subprocess.PIPE, text=True)
-    while len(read_records(run / "metrics.jsonl")) < 9:
-        assert process.poll() is None, "it ended before it could be told to stop"
-        time.sleep(0.01)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == STOPPED_EXIT_CODE == 75
-    assert f"({number.name}); the same command goes on from there" in out
-    stopped_at = read_records(run / "metrics.jsonl")[-1]["step"]
-    assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step-{stopped_at:010d}"
-    assert subprocess.run(call, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        done = len(read_records(run / "metrics.jsonl"))
+        process = subprocess.Popen(call, env=slowly, stdout=subprocess.PIPE, text=True)
+        while len(read_records(run / "metrics.jsonl")) < done + 4:
+            assert process.poll() is None, "it ended before it could be told to stop"
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == STOPPED_EXIT_CODE == 75
+        assert f"({number.name}); the same command goes on from there" in out
+        stopped_at = read_records(run / "metrics.jsonl")[-1]["step"]
+        assert max(path.name for path in (run / "checkpoints").iterdir()) == f"step-{stopped_at:010d}"
+    assert cxr_vae(*arguments(shards, run, *LONG, "loading=shards")).returncode == 0  # which may change on the way
     assert_same_result(run, undisturbed)
 
 
-def test_two_processes_under_torchrun_train_resume_and_agree(shards: Path, tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert cxr_vae(*arguments(shards, whole, "epochs=4"), ranks=2).returncode == 0
-    assert cxr_vae(*arguments(shards, stopped, "epochs=2"), ranks=2).returncode == 0
-    longer = cxr_vae(*arguments(shards, stopped, "epochs=4"), ranks=2)  # a finished run may be made longer
-    assert longer.returncode == 0, longer.stderr
-    assert "going on from step-0000000010" in longer.stdout
-    assert longer.stdout.count("epoch 4/4") == 1  # printed by the first rank only
-    earlier, _ = load_vae(stopped / "vae_step-0000000010.safetensors")  # not taken for those of 4 epochs
-    assert earlier.latent_shape == (4,)
-    assert_same_result(whole, stopped)
-
-
-def test_four_ranks_resume_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+def test_four_ranks_resume_bit_for_bit_and_a_finished_run_may_be_made_longer(shards: Path, tmp_path: Path) -> None:
     """With three or more the order of summation counts; in fp32 it can't hide."""
     options = ("precision=fp32", "grid_every=100", "model.channels=[32, 64]")
-    for run, lengths in (("straight", [4]), ("resumed", [2, 4])):
-        for epochs in lengths:
-            result = cxr_vae(*arguments(shards, tmp_path / run, *options, f"epochs={epochs}"), ranks=4)
-            assert result.returncode == 0, result.stderr
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for run, epochs in ((straight, 4), (resumed, 2), (resumed, 4)):
+        told = arguments(shards, run, *options, f"epochs={epochs}")
+        result = cxr_vae(*told, ranks=4, torchrun=run == straight)  # who starts them makes no difference
+        assert result.returncode == 0, result.stderr
+        if run == straight:  # warm ones had torch before they could ask it for silence
             assert "Warning" not in result.stderr
-    assert_same_result(tmp_path / "straight", tmp_path / "resumed")
+    assert "going on from step-0000000010" in result.stdout
+    assert result.stdout.count("epoch 4/4") == 1  # printed by the first rank only
+    earlier, _ = load_vae(resumed / "vae_step-0000000010.safetensors")  # not taken for those of 4 epochs
+    assert earlier.latent_shape == (4,)
+    assert_same_result(straight, resumed)
 
 
 def test_ranks_whose_torchrun_was_killed_save_and_leave(shards: Path, tmp_path: Path) -> None:
@@ -210,21 +186,6 @@ def test_exported_weights_load_with_their_configuration(undisturbed: Path) -> No
     assert str(undisturbed).encode() not in (undisturbed / "vae_final.safetensors").read_bytes()  # no paths of ours
 
 
-def test_averaged_weights_are_exported_where_they_are_kept(shards: Path, tmp_path: Path) -> None:
-    options = ("epochs=2", "ema_decay=0.9", "batch_size=35")
-    assert cxr_vae(*arguments(shards, tmp_path / "plain", *options[::2])).returncode == 0
-    assert cxr_vae(*arguments(shards, tmp_path / "ema", *options)).returncode == 0
-    plain, ema = (load_file(tmp_path / name / "vae_final.safetensors") for name in ("plain", "ema"))
-    assert plain.keys() == ema.keys()
-    assert not torch.equal(plain["to_mean.weight"], ema["to_mean.weight"])
-
-
-def without_gpu(*call: str) -> "subprocess.CompletedProcess[str]":
-    """Runs a command on this machine as if it had no GPU."""
-    hidden = environment(CUDA_VISIBLE_DEVICES="")
-    return subprocess.run(command("cxr-vae", *call), env=hidden, capture_output=True, text=True, check=False)
-
-
 class TestMistakes:
     """Each is one sentence and exit code 2, and nothing is written."""
 
@@ -259,13 +220,6 @@ class TestMistakes:
         os.truncate(copy / "train-000000.tar", 1000)
         check_sentence(cxr_vae(*arguments(copy, tmp_path / "run")), "train-000000.tar has 1000 bytes")
 
-    def test_a_batch_smaller_than_the_ranks(self, shards: Path, tmp_path: Path) -> None:
-        result = cxr_vae(*arguments(shards, tmp_path / "run", "batch_size=1"), ranks=2)
-        assert result.returncode != 0
-        ours = [line for line in result.stderr.splitlines() if line.startswith("cxr-vae: error:")]
-        assert len(ours) == 1  # of the first rank only, though torchrun adds its own account
-        assert "train.batch_size=1 is less than one image for each of 2 processes" in ours[0]
-
     def test_what_only_another_rank_meets(self, shards: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(shards, tmp_path / "copy")
         index = ShardDirectory.open(copy).split("test")
@@ -273,7 +227,7 @@ class TestMistakes:
         content = bytearray(tar.read_bytes())
         content[index.numbers("offset")[-1] + 50] ^= 1
         tar.write_bytes(content)
-        result = cxr_vae(*arguments(copy, tmp_path / "run", "loading=shards", "epochs=1"), ranks=2)
+        result = cxr_vae(*arguments(copy, tmp_path / "run", "loading=shards", "epochs=1"), ranks=2, torchrun=True)
         assert result.returncode != 0
         assert re.search(
             rf"rank 1 on \S+: cxr-vae: error: {tar} is damaged at byte \d+ \(wrong CRC-32\)", result.stderr
@@ -281,10 +235,11 @@ class TestMistakes:
 
     def test_fp16_without_a_gpu(self, shards: Path, tmp_path: Path) -> None:
         options = [option for option in arguments(shards, tmp_path / "run", "precision=fp16") if option != "device=cpu"]
-        check_sentence(without_gpu(*options, "device=auto"), "fp16 needs a GPU")
+        check_sentence(cxr_vae(*options, "device=auto", CUDA_VISIBLE_DEVICES=""), "fp16 needs a GPU")
 
     def test_a_gpu_that_is_not_there(self, shards: Path, tmp_path: Path) -> None:
-        check_sentence(without_gpu(*arguments(shards, tmp_path / "run"), "device=cuda"), "no GPU here")
+        result = cxr_vae(*arguments(shards, tmp_path / "run"), "device=cuda", CUDA_VISIBLE_DEVICES="")
+        check_sentence(result, "no GPU here")
 
     def test_damaged_weights_of_a_run_that_is_made_longer(self, shards: Path, trained: Path, tmp_path: Path) -> None:
         run = shutil.copytree(trained, tmp_path / "run")
@@ -292,12 +247,11 @@ class TestMistakes:
         result = cxr_vae(*arguments(shards, run, "epochs=3"))
         check_sentence(result, "vae_final.safetensors is not a file of trained weights", "delete it")
 
-    def test_fewer_epochs_than_are_done(self, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    def test_fewer_epochs_than_are_done(self, shards: Path, undisturbed: Path, trained: Path, tmp_path: Path) -> None:
         run = shutil.copytree(undisturbed, tmp_path / "run")
         options = [option for option in LONG if option != "schedule=cosine"]
         check_sentence(cxr_vae(*arguments(shards, run, *options, "schedule=cosine", "epochs=8", "epochs=4")), "cosine")
-        plain = tmp_path / "plain"
-        assert cxr_vae(*arguments(shards, plain, "epochs=2")).returncode == 0
+        plain = shutil.copytree(trained, tmp_path / "plain")
         check_sentence(cxr_vae(*arguments(shards, plain, "epochs=1")), "has done 10 steps, more than the 5")
 
     def test_a_loss_that_explodes(self, shards: Path, tmp_path: Path) -> None:

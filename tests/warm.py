@@ -7,8 +7,11 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from launch.starters import free_port
 
 MOULD = multiprocessing.get_context("forkserver")
 """A process that has imported what a command imports, and is copied for each."""
@@ -21,25 +24,36 @@ MOULD.set_forkserver_preload(
 
 
 def run_warm(
-    arguments: Sequence[str], environment: dict[str, str], timeout_s: float
+    arguments: Sequence[str], environment: dict[str, str], timeout_s: float, ranks: int = 1
 ) -> "subprocess.CompletedProcess[str]":
-    """As `python -m cxr_vae` with these arguments, in `environment`."""
+    """As `python -m cxr_vae` with these arguments, in `environment`; of several ranks with torchrun's variables."""
+    end, port = time.monotonic() + timeout_s, str(free_port())
     with tempfile.TemporaryDirectory() as folder:
-        process = MOULD.Process(target=be_command, args=(arguments, environment, str(Path.cwd()), folder))
-        process.start()
-        process.join(timeout_s)
-        if process.is_alive():
-            process.kill()
+        processes = []
+        for rank in range(ranks):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            who = {name: str(value) for name, value in names.items()} | {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            told = environment | (who if ranks > 1 else {})
+            processes.append(MOULD.Process(target=be_command, args=(arguments, told, str(Path.cwd()), folder)))
+            processes[-1].start()
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+        if any(process.is_alive() for process in processes):
+            for process in processes:
+                process.kill()
             raise subprocess.TimeoutExpired(arguments, timeout_s)
-        assert process.exitcode is not None
+        codes = [process.exitcode for process in processes]
         out, err = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+        return subprocess.CompletedProcess(arguments, next(filter(None, codes), 0), out, err)
 
 
 def be_command(arguments: Sequence[str], environment: dict[str, str], cwd: str, folder: str) -> None:
     """In the copy: what the interpreter does for `-m cxr_vae`, from first to last."""
     for place, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), place)
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), place)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
