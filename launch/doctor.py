@@ -37,7 +37,7 @@ from launch.probe import Probe
 from launch.profiles import Profile, gpus_of, load_profile, sbatch_options, shape_of
 from launch.rank import VISIBLE_S
 from launch.slurm_findings import controller_finding, of_slurm
-from launch.slurm_queue import Slurm, submitting
+from launch.slurm_queue import Slurm
 from launch.stages import Stage
 
 MINUTES = 5
@@ -170,18 +170,11 @@ class Trial:
 
     def submit(self) -> str:
         """Queues it with the options of the stages, but to run once only; returns its id."""
-        import submitit
-
         parameters: dict[str, Any] = self.cluster.parameters(self.stage, None) | {"job_name": "cxr-doctor"}
         del parameters["additional_parameters"]["requeue"]
         parameters["additional_parameters"]["no-requeue"] = True
-        executor = submitit.SlurmExecutor(self.stage.run_dir.jobs / "submitit")
-        executor.update_parameters(**parameters)
         self.waiting_at = time.time()
-        with submitting(self.stage, self.cluster.options):
-            return str(
-                executor.submit(Probe(self.stage, self.cluster.starter.python, self.cluster.starter.srun)).job_id
-            )
+        return self.cluster.queue(Probe(self.stage, self.cluster.starter), self.stage, parameters)
 
     def wait(self) -> Finding | None:
         """Until it has ended; None, or why that isn't waited for."""

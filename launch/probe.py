@@ -169,25 +169,17 @@ class Probe:
     """What submitit calls on the first node: the ranks' words go into the file `words`, then there is `ended`."""
 
     stage: Any
-    python: tuple[str, ...]
-    srun: tuple[str, ...]
+    starter: Any
 
     def __call__(self) -> None:
         """Starts the ranks as those of a stage, but what they print comes through srun and not through the disk."""
-        from launch.starters import TORCHRUN, InSlurm, free_port, own_address
+        from launch.starters import free_port, own_address
 
-        folder = self.stage.run.absolute()
-        command = InSlurm(self.python, self.srun).command(self.stage, folder, own_address(), free_port())
-        *start, address, port, local_size, _ = command
-        at = start.index("launch.rank")
-        left_out = ("--output=", "--open-mode=", "--unbuffered", "--kill-on-bad-exit=")
-        words = [word for word in start[:at] if not word.startswith(left_out)]
-        ask = [*words, "launch.probe", str(folder), address, port, local_size]
-        environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
-        if self.python:
-            environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+        folder, starter = self.stage.run.absolute(), self.starter
+        where = [str(folder), own_address(), str(free_port()), str(self.stage.ranks_per_node)]
+        ask = [*starter.placed(self.stage), *(starter.python or [sys.executable]), "-u", "-m", "launch.probe", *where]
         with (folder / "words").open("wb") as file:
-            subprocess.run(ask, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+            subprocess.run(ask, stdout=file, stderr=subprocess.STDOUT, env=starter.environment(), check=False)
         (folder / "ended").touch()
 
 

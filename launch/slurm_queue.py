@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,13 @@ class Slurm(Cluster):
 
     def submit_one(self, stage: Stage, after: str | None = None) -> str:
         """Queues one job; returns its id."""
+        return self.queue(self.job(stage), stage, self.parameters(stage, after))
+
+    def queue(self, work: Callable[[], None], stage: Stage, parameters: dict[str, Any]) -> str:
+        """Queues a job of a stage, which calls `work` there; returns its id."""
         with submitting(stage, self.options):
-            executor = self._executor(stage.run_dir.jobs / "submitit", self.parameters(stage, after))
-            return str(executor.submit(self.job(stage)).job_id)
+            executor = self._executor(stage.run_dir.jobs / "submitit", parameters)
+            return str(executor.submit(work).job_id)
 
     def _executor(self, folder: Path, parameters: dict[str, Any]) -> Any:
         import submitit

@@ -145,23 +145,32 @@ class InSlurm(Starter):
 
     def start(self, stage: Stage, ends: Path) -> Processes:
         """Starts srun; one rank that ends badly ends the others."""
+        stage.run_dir.logs.mkdir(parents=True, exist_ok=True)
+        command = self.command(stage, ends.absolute(), own_address(), free_port())
+        return [subprocess.Popen(command, env=self.environment())]
+
+    def environment(self) -> dict[str, str]:
+        """Of srun."""
         environment = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
         checkout = Path(launch.__file__).parents[1]
         if self.python and (checkout / "pyproject.toml").is_file():  # a container has its packages, but not this code
             environment["PYTHONPATH"] = str(checkout)
-        stage.run_dir.logs.mkdir(parents=True, exist_ok=True)
-        return [subprocess.Popen(self.command(stage, ends.absolute(), own_address(), free_port()), env=environment)]
+        return environment
 
     def command(self, stage: Stage, ends: Path, address: str, port: int | str) -> list[str]:
         """The srun command line."""
+        logs = f"--output={stage.run_dir.logs.absolute()}/{stage.log_name}-%N-rank%t.log"
+        placed = self.placed(stage, "--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", logs)
+        return [*placed, *rank_command(self.python or [sys.executable], stage, ends, address, port)]
+
+    def placed(self, stage: Stage, *options: str) -> list[str]:
+        """An srun with the size of a stage, up to what it starts."""
         return [
             *("srun", "--export=ALL"),
             *(f"--nodes={stage.nodes}", f"--ntasks={stage.num_ranks}", f"--ntasks-per-node={stage.ranks_per_node}"),
             f"--cpus-per-task={stage.cpus_per_rank}",  # from Slurm 22.05 on it is not taken over from the job
-            *("--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append"),
-            f"--output={stage.run_dir.logs.absolute()}/{stage.log_name}-%N-rank%t.log",
+            *options,
             *self.srun,
-            *rank_command(self.python or [sys.executable], stage, ends, address, port),
         ]
 
     def wait(self, processes: Processes, has_failed: Callable[[], bool]) -> list[int]:

@@ -20,6 +20,7 @@ from launch.findings import (
     name_finding,
     together_finding,
     torch_finding,
+    torch_of_node,
 )
 from launch.profiles import Profile
 from tests.helpers import command, environment, wait_until
@@ -267,6 +268,11 @@ class TestGpus:
         assert "no NCCL" in torch_finding(TORCH | {"nccl": False}, DRIVER, 2).text
         none = torch_finding(TORCH | {"gpus": 0}, probe.read_smi("", ""), 4)
         assert str(none).startswith("FAIL 4 GPUs asked for, nvidia-smi sees none → look at gpu_option")
+
+    def test_a_rank_that_died_in_nvidia_smi(self) -> None:
+        found = torch_of_node({"torch": TORCH | {"gpus": 0}}, 2)
+        assert str(found).startswith("FAIL 2 GPUs asked for, nvidia-smi sees none")
+        assert torch_of_node({}, 2).level == "FAIL"
 
 
 class TestWhatNodesTell:
