@@ -55,16 +55,16 @@ type: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy --scripts-are-modules slurm/local_cluster
 
-# Three files at once; with more than one thread in each they would wait for one another most of the time.
+# Four files at once, which wait for processes half of the time; with more than one thread each they would wait for one another.
 test-only: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 # In all processes that tests start, too.
 coverage: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -33,6 +33,11 @@ PARTS = {
     "recipe_seed_1": "seed=1",
     "not_told_the_class_seed_1": "model.num_classes=0 seed=1",
     "laplacian": "objective.adversarial_weight=0 objective.laplacian_weight=10",
+    "ms_ssim": "objective.adversarial_weight=0 objective.ms_ssim_weight=10",
+    "no_average": "train.ema_decay=0",
+    "kl_cycles": "objective.kl_warmup_steps=0 objective.kl_cycle_steps=326",
+    "free_bits": "objective.kl_weight=1 objective.free_bits=2",
+    "continuous_bernoulli": "objective.likelihood=continuous_bernoulli",
 }
 """The 64 px recipe, and what it is with one part changed."""
 

@@ -61,10 +61,10 @@ def test_a_run_tells_what_its_time_went_into_and_shows_some_steps(shards: Path, 
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "efficiency.json").read_text())
     speeds = read_records(tmp_path / "speed.jsonl")
-    # All of the time from the first step on is accounted for, once.
+    # All of the time is accounted for, once; but before the first step, when the profiler is started.
     spent = sum(record[f"{kind}_s"] for record in speeds for kind in KINDS)
-    start = speeds[0]["elapsed_s"] - sum(speeds[0][f"{kind}_s"] for kind in KINDS)
-    assert spent == pytest.approx(speeds[-1]["elapsed_s"] - start, rel=0.2)
+    begun, end = (speeds[place]["elapsed_s"] for place in (0, -1))
+    assert 0.9 * (end - begun) <= spent <= 1.05 * end
     assert spent <= sum(figures["seconds"].values()) <= took
     assert figures["num_images"] == 3 * 70
     assert 0 < figures["model_flops_utilisation"] < 1
