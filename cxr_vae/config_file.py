@@ -233,9 +233,10 @@ def _validate(
 def _sentence(error: Any, origin: Mapping[str, str], fallback: str) -> str:
     """What pydantic found, in words: `configs/x.yaml: train.epochs=-1 should be greater than or equal to 1`."""
     key = ".".join(str(part) for part in error["loc"][:2] if not str(part).startswith("function-"))
+    place = "".join(f"[{part}]" for part in error["loc"][2:] if isinstance(part, int))
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if message.startswith("Input "):
-        message = f"{key}={error['input']!r} {message.removeprefix('Input ')}"
+        message = f"{key}{place}={error['input']!r} {message.removeprefix('Input ')}"
     return f"{origin.get(key, fallback)}: {message}"
 
 

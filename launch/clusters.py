@@ -5,6 +5,7 @@ import getpass
 import os
 import pickle
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 
 from cxr_vae.run_dir import git_revision
-from cxr_vae.stopping import STOPPED_EXIT_CODE
+from cxr_vae.stopping import SIGNALS, STOPPED_EXIT_CODE
 from launch.records import Record
 from launch.stages import Stage
 from launch.starters import Here, Starter
@@ -37,23 +38,29 @@ class Job:
 
     def __call__(self) -> None:
         """Ends the process with the exit code of the stage that failed, which Slurm then shows as the job's."""
+        if isinstance(self.starter, Here):
+            for number in SIGNALS:
+                signal.signal(number, lambda *_: None)  # between two stages there is nobody to be told
         code = self.run()
         if code:
             sys.stdout.flush()
             os._exit(code)  # submitit would take SystemExit for success
 
     def run(self) -> int:
-        """The exit code of the first stage that doesn't succeed, or 0."""
+        """The exit code of the first stage that doesn't succeed, or 0; in a terminal, of the one that Ctrl-C met."""
         first, on_terminal = 0, self.starter.on_terminal
-        for stage in self.stages:
+        for place, stage in enumerate(self.stages, start=1):
             if isinstance(self.starter, Here) and not on_terminal:
                 print_into(stage.job_log)  # which Slurm does for its jobs
             code = Supervisor(stage, self.starter, self.margin_s).run()
             first = first or code
             if code and on_terminal:
                 print(f"{stage.name} ended with exit code {code}", file=sys.stderr)
-            interrupted = on_terminal and code == STOPPED_EXIT_CODE
-            if code and (interrupted or not self.keep_going):
+            if on_terminal and code == STOPPED_EXIT_CODE:
+                for later in self.stages[place:]:
+                    Record(later.record_path(self.starter.job)).mark_cancelled()
+                return code
+            if code and not self.keep_going:
                 break
         return first
 
@@ -99,7 +106,7 @@ class ThisMachine(Cluster):
         return self._start(Job(tuple(stages), self._starter), facts)
 
     def submit_sweep(self, stages: Sequence[Stage], table: Stage, facts: dict[str, Any]) -> int:
-        """All of them, however they end."""
+        """All of them, however they end; in a terminal until Ctrl-C."""
         return self._start(Job((*stages, table), self._starter, keep_going=True), facts)
 
     @property

@@ -134,8 +134,9 @@ def torch_finding(torch: Facts, driver: Facts, wanted: int | None) -> Finding:
 
 def torch_of_node(report: Report, wanted: int) -> Finding:
     """The same of a node."""
-    nothing = {"error": "no word of it", "gpus": 0, "name": "nvidia-smi told nothing", "cuda": None}
-    return torch_finding(report.get("torch", nothing), report.get("driver", nothing), wanted)
+    torch = report.get("torch", {"error": "no word of it", "gpus": 0})
+    nothing = {"gpus": torch["gpus"], "name": "nvidia-smi told nothing", "cuda": None}
+    return torch_finding(torch, report.get("driver", nothing), wanted)
 
 
 def major(version: str) -> int:

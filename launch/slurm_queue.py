@@ -196,7 +196,7 @@ def warn_of_waiting(jobs: Sequence[str]) -> None:
     for _ in range(LOOKS):
         time.sleep(SETTLING_S)
         queue = slurm_commands.queue() or {}
-        if all(queue[job].reason != "None" for job in jobs if job in queue):
+        if not any(queue[job].state == "PENDING" and queue[job].reason == "None" for job in jobs if job in queue):
             break
     for job in jobs:
         if job in queue and queue[job].may_wait_for_ever:

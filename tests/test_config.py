@@ -74,7 +74,7 @@ def test_numbers_are_decimal_as_in_yaml_1_2() -> None:
         ("data.image_size=100", "divisible by 32"),
         ("model.name=[conv, residual]", "model.name=['conv', 'residual'] should be 'conv' or 'residual'"),
         ("model.channels=[]", "at least 1 item"),
-        ("model.channels=[8, 0]", "model.channels=0 should be greater than 0"),
+        ("model.channels=[8, 0]", "model.channels[1]=0 should be greater than 0"),
         ("model.num_blocks=2", "model.num_blocks=2 is no option of model.name=conv, which has model.channels"),
         ("model.name=residual", "model.latent_dim=128 is no option of model.name=residual"),
         ("train.accumulate=64", "at least train.accumulate=64"),

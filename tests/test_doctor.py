@@ -272,6 +272,8 @@ class TestGpus:
     def test_a_rank_that_died_in_nvidia_smi(self) -> None:
         found = torch_of_node({"torch": TORCH | {"gpus": 0}}, 2)
         assert str(found).startswith("FAIL 2 GPUs asked for, nvidia-smi sees none")
+        found = torch_of_node({"torch": TORCH}, 2)
+        assert str(found) == "ok   torch 2.15.0 for CUDA 12.6, 2 GPUs (nvidia-smi told nothing)"
         assert torch_of_node({}, 2).level == "FAIL"
 
 

@@ -139,6 +139,17 @@ class TestInline:
         assert longer.returncode == 0, longer.stdout
         assert f"going on from {saved[0].name}" in longer.stdout
 
+    def test_ctrl_c_ends_all_of_a_sweep(self, shards: Path, tmp_path: Path) -> None:
+        told = trainings(shards, tmp_path, "processes_per_node=1", "epochs=4000", "lr=1e-3,1e-4")
+        call = command("cxr-launch", "sweep", *told, "--cluster=inline")
+        process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+        first, second = (tmp_path / f"run/lr={lr}" for lr in ("1e-3", "1e-4"))
+        wait_until(lambda: num_lines(first) > 5)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(120) == 75
+        found = {one["run"]: one["state"] for one in json.loads(ask("status", tmp_path / "run", "--json"))}
+        assert found == {str(first): "stopped", str(second): "cancelled", str(tmp_path / "run"): "cancelled"}
+
     def test_ctrl_c_while_it_shards_is_no_mistake(self, source: Path, tmp_path: Path) -> None:
         asleep = tmp_path / "asleep"
         code = (

@@ -84,6 +84,7 @@ def test_two_runs_on_one_run_directory(shards: Path, tmp_path: Path) -> None:
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)  # it has the lock, and needs no processor for that
+    assert DirectoryLock.__init__.__defaults__ == (20.0,)
     impatient = with_patch(tmp_path, "import cxr_vae.locks\ncxr_vae.locks.DirectoryLock.__init__.__defaults__ = (3.0,)")
     second = subprocess.run(call, env=impatient, capture_output=True, text=True, check=False)
     first.send_signal(signal.SIGCONT)

@@ -21,6 +21,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.phantoms.anatomy import Anatomy
 from cxr_vae.phantoms.drawing import draw_phantom
 from cxr_vae.phantoms.folder import MARKER, write_phantoms
+from tests.helpers import cxr_vae
 
 NUM, SEED = 12, 3
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,14 @@ def refused(*words: str) -> AbstractContextManager[object]:
 def test_numbers_out_of_range(tmp_path: Path, num: int) -> None:
     with refused(f"num is {num}, but must be from 12 to 100000"):
         write_phantoms(tmp_path / "set", num)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("option", [("--workers", 0), ("--seed", -1)])
+def test_options_out_of_range(tmp_path: Path, option: tuple[str, int]) -> None:
+    result = cxr_vae("phantom", tmp_path / "set", *option)
+    assert result.returncode == 2
+    assert option[0] in result.stderr
     assert not (tmp_path / "set").exists()
 
 

@@ -70,7 +70,7 @@ def write_tensors(directory: Path, tensors: dict[str, Tensor], world: World, gro
     try:
         mine = describe_files(directory.glob(part_name(world.rank + 1)))
     except OSError as error:
-        mine = error  # told by the first rank: the others wait there
+        mine = error  # told below: the others wait there
     files: Files = {}
     for part in world.all_gather(mine, group):
         if isinstance(part, OSError):

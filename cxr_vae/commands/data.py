@@ -71,11 +71,13 @@ def add_inspect(commands: Any) -> None:
 def inspect(arguments: argparse.Namespace) -> int:
     """`cxr-vae inspect`."""
     from cxr_vae.console import outlive_full_log_disk
+    from cxr_vae.files import write_json
     from cxr_vae.inspection.inspect import RECORD, inspect_shards
 
     outlive_full_log_disk()
     text, record = inspect_shards(arguments.shards, arguments.source, arguments.workers)
-    print(text)
+    print(text)  # first: it can be read where the folder can't be written
+    write_json(arguments.shards / RECORD, record)
     for name in (RECORD, *(found["file"] for found in record["pictures"])):
         print(f"\n{arguments.shards / name}", end="")
     print()

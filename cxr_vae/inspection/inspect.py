@@ -13,7 +13,6 @@ from cxr_vae.data.images import colour_mode
 from cxr_vae.data.index import ShardDirectory
 from cxr_vae.data.sources import patient_of
 from cxr_vae.errors import UserError
-from cxr_vae.files import write_json
 from cxr_vae.inspection.duplicate_list import find_duplicates, save_pairs
 from cxr_vae.inspection.findings import Cell, Finding, Part, Table, as_record, as_text
 from cxr_vae.inspection.survey import Survey, survey
@@ -35,10 +34,10 @@ MIN_BORDER = 0.02
 
 
 def inspect_shards(path: Path, source: Path | None = None, workers: int | None = None) -> tuple[str, dict[str, Any]]:
-    """Inspects a finished shard directory; returns the text for the terminal and the record, and writes it there.
+    """Inspects a finished shard directory; returns the text for the terminal and the content of RECORD.
 
     `source`, the folder the shards were made from, tells how many channels the originals had. The picture of
-    duplicates is written to the directory, too. Raises UserError where shards are damaged or the source is another.
+    duplicates is written to the directory. Raises UserError where shards are damaged or the source is another.
     """
     directory = ShardDirectory.open(path)
     images = survey(directory, workers)
@@ -63,7 +62,6 @@ def inspect_shards(path: Path, source: Path | None = None, workers: int | None =
         **as_record(parts),
         "pictures": pictures if groups else [],
     }
-    write_json(path / RECORD, record)
     return as_text(parts), record
 
 

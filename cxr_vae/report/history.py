@@ -80,7 +80,8 @@ def checkpoints(run: Inputs) -> Table:
 def evaluations(run: Inputs) -> Table:
     """Earlier ones and the last: their first figure."""
     rows = []
-    for path in sorted(run.run.evaluation.glob("evaluation_results*.json")):
+    kept = run.run.evaluation.glob("evaluation_results.*.json")
+    for path in [*sorted(kept, key=lambda path: (len(path.name), path.name)), run.run.results]:
         results, _ = read_checked(path, Results, "")
         if results is None or not results.figures:
             continue

@@ -23,7 +23,7 @@ Facts = dict[str, Any]
 
 
 class _Read(BaseModel):
-    """What is read from a file: types are checked, what we don't know is kept."""
+    """What is read from a file: types are checked, what we don't know is kept, but of tables and findings."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
