@@ -189,8 +189,10 @@ class Trial:
             int(part) * unit for part, unit in zip(reversed(started.split(":")), (1 / 60, 1, 60), strict=False)
         )
         run("scontrol", "update", f"jobid={self.job}", f"timelimit={int(minutes + 2 / 3) + 1}")
-        yield
+        # Put right while the job waits for its next start, which might not train a step within a minute's limit.
+        self.wait("time limit", lambda: run("squeue", "--noheader", "--format=%t", f"--job={self.job}").strip() == "PD")
         run("scontrol", "update", f"jobid={self.job}", "timelimit=600")
+        yield
 
     def slurmctld_restarted(self) -> Iterator[None]:
         """While it is away the run is told to stop: it has to ask for its requeue until someone answers."""

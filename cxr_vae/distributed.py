@@ -11,7 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,8 +34,8 @@ PATIENCE = timedelta(minutes=30)
 TORCHRUN_PATIENCE = timedelta(seconds=15)
 """How long a rank looks for the store of a torchrun: it is there before the rank is, or it was killed."""
 
-ROLL_CALL_S = 3.0
-"""How far apart ranks may give up waiting for the same one."""
+ROLL_CALL_S, ROLL_CALLS = 3.0, 10
+"""How often, and how many times, ranks look who else gave up waiting: not all do so at the same moment."""
 
 WAITED = re.compile("timed out|timeout after", re.IGNORECASE)
 """Of torch's errors where another rank was waited for, in a collective operation or before the first one."""
@@ -181,15 +181,17 @@ def _lost(store: Any, here: World, error: str) -> str:
     """Which ranks are not there, in words, after a collective operation failed with `error`."""
     if store is None:
         return f"the other processes of this job could not be found ({error})"
-    if not WAITED.search(error):
+    waited, names = WAITED.search(error), ""
+    with suppress(RuntimeError):  # whoever keeps the store, rank 0 or torchrun, is gone
+        store.set(f"{here.rank} answers", "")  # also where a rank that gave up before closed the connection
+        for _ in range(ROLL_CALLS if waited else 0):
+            time.sleep(ROLL_CALL_S)
+            silent = [rank for rank in range(here.size) if not store.check([f"{rank} answers"])]
+            names = ", ".join(_name(store, rank) for rank in silent)
+            if len(silent) <= 1:
+                break
+    if not waited:
         return f"another process of this job has ended, and its own message says why ({error.splitlines()[0]})"
-    try:
-        store.set(f"{here.rank} waits", "")
-        time.sleep(ROLL_CALL_S)
-        silent = [rank for rank in range(here.size) if not store.check([f"{rank} waits"])]
-        names = ", ".join(_name(store, rank) for rank in silent)
-    except RuntimeError:  # whoever keeps the store, rank 0 or torchrun, is gone
-        names = ""
     return f"no sign of {names or 'the other ranks'} for {here.patience.total_seconds():.0f} s, while the others waited"
 
 

@@ -1,11 +1,13 @@
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
-from cxr_vae.distributed import World, _backend
+from cxr_vae.distributed import World, _backend, _lost
 from cxr_vae.training.run_log import read_records
 from tests.ranks import on_ranks
 
@@ -29,6 +31,19 @@ def test_processes_that_share_a_gpu_talk_through_gloo(capsys: pytest.CaptureFixt
         assert _backend(here, num_gpus) == expected
     assert capsys.readouterr().out == "2 processes share 1 GPU: one process a GPU is faster\n"
     assert _backend(World(0, 2, 0, 2, torch.device("cpu")), 0) == "gloo"
+
+
+@pytest.mark.parametrize("how", ["gloo: Timed out waiting", "gloo: Connection closed by peer"])
+def test_a_rank_that_finds_out_later_is_not_taken_for_the_one_that_stalls(how: str) -> None:
+    """Rank 0 on a busy machine gives up after rank 2 did, or is cut off as rank 2 gives up; rank 1 stalls."""
+    store = dist.HashStore()
+    for rank in range(3):
+        store.set(f"name of {rank}", f"rank {rank}")
+    here = [World(rank, 3, rank, 3, torch.device("cpu")) for rank in range(3)]
+    late = threading.Timer(4, lambda: _lost(store, here[0], how))
+    late.start()
+    assert _lost(store, here[2], "gloo: Timed out waiting") == "no sign of rank 1 for 1800 s, while the others waited"
+    late.join()
 
 
 @pytest.fixture(scope="module")
