@@ -30,7 +30,9 @@ from safetensors import safe_open
 from tabulate import tabulate
 
 KILLS_A_RUN = 8
-HANG_S = 180.0
+HANG_S = 900.0
+LONGEST_S = 180.0
+"""Until a random moment comes."""
 
 OUTSIDE = ("one rank", "all ranks", "torchrun", "torchrun and ranks")
 """Killed at a random moment, from the first import on."""
@@ -149,7 +151,7 @@ def num_steps(run: Path) -> int:
 def kill_from_outside(kind: str, process: subprocess.Popen[bytes], run: Path, ranks: int, rng: random.Random) -> None:
     """Waits for a random moment and kills."""
     goal = num_steps(run) + rng.randint(1, 45)
-    deadline = time.monotonic() + (rng.uniform(0, 6) if rng.random() < 0.25 else HANG_S)
+    deadline = time.monotonic() + (rng.uniform(0, 6) if rng.random() < 0.25 else LONGEST_S)
     while process.poll() is None and time.monotonic() < deadline and num_steps(run) < goal:
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.03))

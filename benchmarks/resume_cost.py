@@ -14,6 +14,7 @@ longer than 0, or a process more than 1 GiB. The machine should have nothing els
 import argparse
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -41,7 +42,7 @@ from cxr_vae.run_dir import RunDir
 POSITIONS = (0, 10**4, 10**10)
 BATCH = 20
 TEXT_WIDTH = 60
-HANG_S = 300.0
+HANG_S = 900.0
 
 LINES = 400_000
 LINE = """{"kind": "step", "step": %d, "samples_seen": %d, "loss_nats": 697.2674031257629, "reconstruction_nats": \
@@ -125,7 +126,7 @@ def start(samples_seen: int, shards: Path) -> tuple[float, float, float]:
             process = subprocess.Popen([sys.executable, "-m", "cxr_vae", "train", yaml], stdout=log, stderr=log)
         try:
             metrics = RunDir(run).metrics
-            while f'"samples_seen": {samples_seen + BATCH},' not in tail(metrics):
+            while last_samples_seen(metrics) <= samples_seen:
                 if process.poll() is not None or time.perf_counter() - begun > HANG_S:
                     sys.exit(f"no step was done:\n{(Path(folder) / 'log').read_text()}")
                 time.sleep(0.005)
@@ -138,13 +139,13 @@ def start(samples_seen: int, shards: Path) -> tuple[float, float, float]:
     return seconds, kilobytes["VmHWM"] * 1.024e-3, kilobytes["RssAnon"] * 1.024e-3
 
 
-def tail(path: Path) -> str:
-    """The last few lines of a file that may not be there yet."""
+def last_samples_seen(path: Path) -> int:
+    """Of the last whole line of a metrics file that may not be there yet; else 0."""
     if not path.is_file():
-        return ""
+        return 0
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8000))
-        return file.read().decode()
+        return max(map(int, re.findall(rb'"samples_seen": (\d+),', file.read())), default=0)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

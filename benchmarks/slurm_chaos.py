@@ -71,7 +71,10 @@ OPTIONS = (
 
 
 def run(*command: str, check: bool = True) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if command[0] == "sbatch" or "timed out" not in done.stderr:  # a busy machine's controller
+            break
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -190,7 +193,10 @@ class Trial:
         )
         run("scontrol", "update", f"jobid={self.job}", f"timelimit={int(minutes + 2 / 3) + 1}")
         # Put right while the job waits for its next start, which might not train a step within a minute's limit.
-        self.wait("time limit", lambda: run("squeue", "--noheader", "--format=%t", f"--job={self.job}").strip() == "PD")
+        attempt = len(self.record.attempts) - 1
+        self.wait("the time limit", lambda: self.record.attempts[attempt].next == "requeue")
+        asked = ("squeue", "--noheader", "--format=%t", f"--job={self.job}")
+        self.wait("the queue", lambda: len(self.record.attempts) > attempt + 1 or run(*asked).strip() == "PD")
         run("scontrol", "update", f"jobid={self.job}", "timelimit=600")
         yield
 

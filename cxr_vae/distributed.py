@@ -31,7 +31,7 @@ from cxr_vae.workers import num_cores
 PATIENCE = timedelta(minutes=30)
 """How long a rank waits for the others in a collective operation, unless it is told otherwise."""
 
-TORCHRUN_PATIENCE = timedelta(seconds=15)
+TORCHRUN_PATIENCE = timedelta(seconds=30)
 """How long a rank looks for the store of a torchrun: it is there before the rank is, or it was killed."""
 
 ROLL_CALL_S, ROLL_CALLS = 3.0, 10

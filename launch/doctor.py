@@ -40,10 +40,10 @@ from launch.slurm_findings import controller_finding, of_slurm
 from launch.slurm_queue import Slurm
 from launch.stages import Stage
 
-MINUTES = 5
+MINUTES = 10
 """Time limit of the job on the nodes, which takes one where nothing is amiss."""
 
-WAIT_S = 180.0
+WAIT_S = 420.0
 """How long it may wait in the queue, and then how long it may run."""
 
 
@@ -183,12 +183,12 @@ class Trial:
         while trouble is None and not (self.stage.run / "ended").exists():
             time.sleep(1)
             self.words.take(tail.new_lines(), time.time())
-            queue = slurm_commands.queue()
+            looked, queue = time.time(), slurm_commands.queue()
             mine = (queue or {}).get(self.job)
             state = mine.state if mine else "gone" if queue is not None else "not known"
             age = time.monotonic() - since.setdefault(state, time.monotonic())
             if mine is not None and state in ("PENDING", "CONFIGURING"):
-                self.waiting_at = time.time()
+                self.waiting_at = looked
                 trouble = self.waits(mine, age)
             elif state in ("gone", "COMPLETING"):
                 state = slurm_commands.job_fields(self.job).get("JobState", "not known")

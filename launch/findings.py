@@ -65,13 +65,14 @@ class Words:
 
     def see_files(self, folder: Path, token: str) -> None:
         """Notes how late what each node wrote shows here."""
-        began = time.monotonic()
+        waited_s = 0.0
         for facts in [report["folder"] for report in self.reports.values() if "folder" in report]:
-            while "token" in facts and "visible_after" not in facts and time.monotonic() - began < VISIBLE_S:
+            while "token" in facts and "visible_after" not in facts and waited_s < VISIBLE_S:
                 if (folder / f"rank{facts['rank']}").read_text() == token:
-                    facts["visible_after"] = time.monotonic() - began
+                    facts["visible_after"] = waited_s
                 else:
                     time.sleep(0.5)
+                    waited_s += 0.5
 
     def last_noise(self, logs: Path) -> str:
         """The last thing that others said, in the ranks' words or in a log."""

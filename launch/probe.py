@@ -21,10 +21,10 @@ from typing import Any
 from launch import slurm_commands
 from launch.rank import identity
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 """How long a rank waits for the others, which may still read torch from a slow disk."""
 
-LIMIT_S = 150
+LIMIT_S = 330
 """Of a whole rank."""
 
 

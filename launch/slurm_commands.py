@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 """How long a command may take; a controller that is away makes them wait for minutes."""
 
 REQUEUE_FOR_S = 900.0

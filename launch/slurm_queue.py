@@ -24,7 +24,7 @@ REPORT_MIN = 30
 USERS_OWN = ("account", "partition", "qos", "reservation", "constraint", "wckey")
 """Options that people set once for all, such as by SBATCH_ACCOUNT in their shell's start-up file."""
 
-SETTLING_S, LOOKS = 1.5, 3
+SETTLING_S, LOOKS = 1.5, 10
 """How often it is looked, and after which pauses, whether a job that was just queued has a reason for waiting."""
 
 
@@ -195,8 +195,11 @@ def warn_of_waiting(jobs: Sequence[str]) -> None:
     """Says so where Slurm would let a job wait for ever, with its own reason."""
     for _ in range(LOOKS):
         time.sleep(SETTLING_S)
-        queue = slurm_commands.queue() or {}
-        if not any(queue[job].state == "PENDING" and queue[job].reason == "None" for job in jobs if job in queue):
+        answer = slurm_commands.queue()
+        queue = answer or {}
+        if answer is not None and not any(
+            queue[job].state == "PENDING" and queue[job].reason == "None" for job in jobs if job in queue
+        ):
             break
     for job in jobs:
         if job in queue and queue[job].may_wait_for_ever:

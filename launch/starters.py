@@ -30,7 +30,7 @@ LOOK_EVERY_S = 10.0
 SRUN_PATIENCE_S = 90.0
 """How long srun may take to end the other ranks; Slurm's own KillWait is 30 s."""
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """How long the other ranks on this machine may take to leave when one has failed."""
 
 

@@ -117,7 +117,9 @@ class Supervisor:
             say(f"── this job can't go back into the queue ({trouble}): submit the same again, it goes on where it was")
             return 1
         say("── back into the queue")
-        time.sleep(600)  # until the queue ends us: to return would look like the job's own end
+        deadline = time.monotonic() + 600
+        while self._told != signal.SIGTERM and time.monotonic() < deadline:
+            time.sleep(PAUSE_S)  # until the queue ends us: to return before would look like the job's own end
         return STOPPED_EXIT_CODE
 
     @contextlib.contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import HANG_S
+
 
 @contextmanager
 def chromium() -> Iterator[Any]:
@@ -18,7 +20,7 @@ def chromium() -> Iterator[Any]:
 
     program = shutil.which("chromium") or shutil.which("google-chrome") or install()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"], timeout=HANG_S * 1000)
         try:
             yield browser
         finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,12 @@ TINY = (
     "precision=fp32",  # some CPUs are many times slower in bf16
 )
 """Options of a model and a run that train in seconds."""
+
+HANG_S = 900.0
+"""After so long a process hangs: a busy machine takes minutes for what takes seconds."""
+
+PROGRESS = re.compile(r"\w[\w ]*: \d+/\d+ \w+, ")
+"""A line that a stage prints every ten seconds, where it takes as long."""
 
 Mistake = tuple[int, str]
 
@@ -80,18 +87,30 @@ def with_patch(folder: Path, code: str) -> dict[str, str]:
     return environment(PYTHONPATH=f"{library}:{Path(__file__).parents[1]}")
 
 
-SLOW_STEPS = """
+HELD = """
 import sys
 if "cxr_vae" in sys.orig_argv:
-    import time
+    import os, time
+    from cxr_vae.stopping import StopSignal
     from cxr_vae.training.loop import Loop
-    step = Loop.step
-    def slow(*arguments):
-        time.sleep(0.05)
+    step, handle, done, told = Loop.step, StopSignal._handle, [], []
+    def held(*arguments):
+        while len(done) >= {steps} and not told and not os.path.exists({go!r}):
+            time.sleep(0.02)
+        done.append(1)
         return step(*arguments)
-    Loop.step = slow
+    def noted(*arguments):
+        told.append(1)
+        return handle(*arguments)
+    Loop.step, StopSignal._handle = held, noted
 """
-"""For `with_patch`: so that no training ends before it is interrupted."""
+
+
+def held_after(steps: int, folder: Path) -> tuple[dict[str, str], Path]:
+    """An environment in which every training waits, after so many steps of each process, to be interrupted, or for a
+    file; and that file. However slow the machine, none ends before."""
+    go = folder / "go"
+    return with_patch(folder, HELD.format(steps=steps, go=str(go))), go
 
 
 def command(program: str, *arguments: Any, ranks: int = 1) -> list[str]:
@@ -109,21 +128,21 @@ def cxr_vae(
 ) -> "subprocess.CompletedProcess[str]":
     """Runs a command in its own process, or several, with environment `variables`; returns it with its output."""
     if program == "cxr-vae" and not torchrun and "PYTHONPATH" not in variables:
-        return run_warm([*map(str, arguments)], environment(**variables), 400, ranks)
+        return run_warm([*map(str, arguments)], environment(**variables), HANG_S, ranks)
     return subprocess.run(
         command(program, *arguments, ranks=ranks),
         env=environment(**variables),
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=HANG_S,
     )
 
 
 def check_sentence(result: "subprocess.CompletedProcess[str]", *parts: str, program: str = "cxr-vae") -> str:
     """A user's mistake: exit code 2, one line on stderr that holds `parts`, no traceback. Returns the line."""
     assert result.returncode == 2, (result.returncode, result.stderr)
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not PROGRESS.match(line)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith(f"{program}: error: ")
     for part in parts:
@@ -147,7 +166,7 @@ def check_saved_at_its_end(run: Path) -> None:
     assert published(run / "checkpoints")[0].name == f"step-{last['step']:010d}"
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 300, every_s: float = 0.1) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = HANG_S, every_s: float = 0.1) -> None:
     """Waits for what has to come true; asks seldom where that runs a command."""
     end = time.monotonic() + seconds
     while not condition():

@@ -27,7 +27,7 @@ from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
 from cxr_vae.training.train import Training, train
 from launch.starters import free_port
-from tests.helpers import TINY
+from tests.helpers import HANG_S, TINY
 
 
 def begin(here: World, shards: str, run_dir: str, *options: str) -> Training:
@@ -224,7 +224,7 @@ def on_ranks(function: str, ranks: int, out: Path, *arguments: Any, joined: bool
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(HANG_S)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import environment
+from tests.helpers import HANG_S, environment
 
 SCRIPT = Path(__file__).parents[1] / "slurm/local_cluster"
 OF_SLURM = re.compile("(SLURM|SBATCH|SRUN|SALLOC|SUBMITIT|SQUEUE|SINFO|SACCT|SCANCEL)_")
@@ -28,13 +28,16 @@ class SlurmCluster:
     def control(self, *arguments: str, **extra: str) -> "subprocess.CompletedProcess[str]":
         """Runs `slurm/local_cluster …` for this cluster."""
         command = [sys.executable, str(SCRIPT), *arguments, "--dir", str(self.folder)]
-        return subprocess.run(command, env=self.env | extra, capture_output=True, text=True, check=False, timeout=1500)
+        return subprocess.run(
+            command, env=self.env | extra, capture_output=True, text=True, check=False, timeout=2 * HANG_S
+        )
 
-    def run(self, *command: str, timeout: float = 60) -> str:
+    def run(self, *command: str, timeout: float = HANG_S) -> str:
         """Runs a command that has to succeed; returns its output."""
         for _ in range(5):
             result = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=timeout)
-            if command[0] != "squeue" or "timed out" not in result.stderr:  # a busy machine's controller
+            asks = command[0] in ("squeue", "sinfo", "sacct") or command[:2] == ("scontrol", "show")
+            if not asks or "timed out" not in result.stderr:  # a busy machine's controller
                 break
         assert result.returncode == 0, (command, result.stdout, result.stderr)
         return result.stdout

@@ -18,7 +18,7 @@ from cxr_vae.config_file import load_config
 from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
 from cxr_vae.training.schedules import ema_share
-from tests.helpers import TINY
+from tests.helpers import HANG_S, TINY
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -131,13 +131,13 @@ class TestSavingWhileTrainingGoesOn:
 
         def slowly(*arguments: Any) -> Any:
             writing.set()
-            assert go.wait(30)
+            assert go.wait(HANG_S)
             return write(*arguments)
 
         monkeypatch.setattr(parts, "write_tensors", slowly)
         state, saving = advance(new_state()), checkpoints(tmp_path)
         saving.save(state)
-        assert writing.wait(30)
+        assert writing.wait(HANG_S)
         advance(state, 3)  # save has returned; the write has not begun
         assert published(tmp_path) == []
         go.set()

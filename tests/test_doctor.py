@@ -5,14 +5,14 @@ import sys
 import uuid
 from pathlib import Path
 
-from tests.helpers import command, environment, wait_until
+from tests.helpers import HANG_S, command, environment, wait_until
 from tests.slurm_helpers import SlurmCluster
 
 
 def examine(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, list[str]]:
     """The exit code and the lines, each of which has a level, and a remedy unless it is ok."""
     call = command("cxr-launch", "doctor", *arguments)
-    result = subprocess.run(call, env=env or environment(), capture_output=True, text=True, check=False, timeout=500)
+    result = subprocess.run(call, env=env or environment(), capture_output=True, text=True, check=False, timeout=HANG_S)
     lines = result.stdout.splitlines()
     assert lines, result.stderr
     for line in lines:
@@ -61,7 +61,7 @@ def test_two_nodes_of_a_real_slurm(slurm_cluster: SlurmCluster, tmp_path: Path) 
     assert one_line(lines, "ok   Slurm 2", "cluster cxr")
     assert one_line(lines, "ok   accounting answers")
     assert one_line(
-        lines, "warn", "one that is cancelled has 5 s to save (KillWait)", "→ lower checkpoint.every_minutes"
+        lines, "warn", "one that is cancelled has 25 s to save (KillWait)", "→ lower checkpoint.every_minutes"
     )
     assert one_line(lines, "ok   partition main is up, and so are 2 of its nodes with 16 CPUs, 4 GB and 0 GPUs or more")
     assert one_line(lines, "ok   jobs in main are not preempted by others")
@@ -91,4 +91,4 @@ def test_a_folder_the_nodes_do_not_see_and_a_partition_that_is_preempted(
     assert lines[-1].startswith("FAIL job ")
     assert f"→ do the nodes see {folder}? Name a folder with --folder that all machines see" in lines[-1]
     assert one_line(lines, "ok   jobs in low may be preempted by those of main, and come back by themselves")
-    assert one_line(lines, "told by the signal they asked for", "have 25 s (GraceTime 20 s + KillWait 5 s)")
+    assert one_line(lines, "told by the signal they asked for", "have 45 s (GraceTime 20 s + KillWait 25 s)")

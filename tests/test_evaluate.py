@@ -1,7 +1,7 @@
 import json
 import shutil
+import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,12 @@ from cxr_vae.evaluation.latent_pictures import save_latent_pictures
 from cxr_vae.models import VAE
 from cxr_vae.run_dir import RunDir
 from cxr_vae.training.run_log import read_epochs
-from tests.helpers import check_sentence, command, cxr_vae, environment
+from tests.helpers import (
+    check_sentence,
+    command,
+    cxr_vae,
+    with_patch,
+)
 
 OPTIONS = ("features=random", "num_generated=70", "num_real=40", "is_splits=4")
 
@@ -130,27 +135,46 @@ def test_two_processes_find_the_same_figures(evaluated: tuple[Path, str], tmp_pa
         assert path.read_bytes() == (copy / "evaluation" / "generated" / path.name).read_bytes()
 
 
+KILLED_AFTER_ONE_BLOCK = """
+import sys
+if "cxr_vae" in sys.orig_argv:
+    import os, signal
+    from cxr_vae.evaluation.block_store import BlockStore
+    save = BlockStore.save
+    BlockStore.save = lambda *arguments: (save(*arguments), os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+NOTES_BLOCKS = """
+import sys
+if "cxr_vae" in sys.orig_argv:
+    import shutil
+    from pathlib import Path
+    rmtree = shutil.rmtree
+    def noted(path, *arguments, **options):
+        blocks = [f"{{block}} {{block.stat().st_mtime_ns}}" for block in Path(path).glob("*/*.safetensors")]
+        with open({seen!r}, "a") as seen:
+            seen.writelines(line + chr(10) for line in blocks)
+        rmtree(path, *arguments, **options)
+    shutil.rmtree = noted
+"""
+"""Of what an evaluation throws away at its end: each block of features, and when it was written."""
+
+
 def test_killed_and_started_again_it_computes_only_what_is_missing(evaluated: tuple[Path, str], tmp_path: Path) -> None:
     run = shutil.copytree(evaluated[0], tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
     folder, cache = run / "evaluation", tmp_path / "cache"
     call = command("cxr-vae", "evaluate", run, *OPTIONS)
-    process = subprocess.Popen(call, env=environment(CXR_VAE_CACHE=str(cache)), stderr=subprocess.DEVNULL)
-    while not list(folder.glob("features/*/*.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    shutil.rmtree(cache, ignore_errors=True)  # it may have come that far
-    first = next(folder.glob("features/*/*.safetensors"))
+    killed = with_patch(tmp_path, KILLED_AFTER_ONE_BLOCK) | {"CXR_VAE_CACHE": str(cache)}
+    assert subprocess.run(call, env=killed, stderr=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    (first,) = folder.glob("features/*/*.safetensors")
+    assert not list(cache.rglob("*.safetensors"))
     (folder / "generated/000003.png").unlink()
     noted = first.stat().st_mtime_ns, (folder / "generated/000005.png").stat().st_mtime_ns
-    process = subprocess.Popen(call, env=environment(CXR_VAE_CACHE=str(cache)), stderr=subprocess.DEVNULL)
-    while not list(cache.glob("features/*/*.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    assert first.stat().st_mtime_ns == noted[0]
+    seen = tmp_path / "seen"
+    (tmp_path / "library/sitecustomize.py").write_text(NOTES_BLOCKS.format(seen=str(seen)))
+    assert subprocess.run(call, env=killed, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert f"{first} {noted[0]}" in seen.read_text().splitlines()
     assert (folder / "generated/000005.png").stat().st_mtime_ns != noted[1]  # its block lacked one
-    assert process.wait() == 0
     for name, figure in results_of(evaluated[0])["figures"].items():
         assert results_of(run)["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-6, abs=1e-12), name
     assert len(list(cache.rglob("*.safetensors"))) == 3  # a block of test images, two of train

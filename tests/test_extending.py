@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import ROOT, commands, fenced, sections, strangers, write_block
-from tests.helpers import TINY, environment
+from tests.helpers import HANG_S, TINY, environment
 
 EXTENDING, SLURM = ((ROOT / "docs" / name).read_text() for name in ("extending.md", "slurm.md"))
 SECTIONS = sections(EXTENDING)
@@ -49,7 +49,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory, source: Path, shards: Pat
 def call(root: Path, *words: str) -> str:
     """Runs Python on words there; what it prints."""
     command, there = [sys.executable, *words], environment(PYTHONPATH=str(root))
-    result = subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, check=False, timeout=900)
+    result = subprocess.run(command, cwd=root, env=there, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert result.returncode == 0, (words, result.stdout, result.stderr)
     return result.stdout
 

@@ -22,6 +22,7 @@ def benchmark(name: str, *arguments: str, missed: bool = False) -> str:
     return result.stdout
 
 
+@pytest.mark.timeout(3600)
 def test_every_kind_of_kill_once(shards: Path) -> None:
     told = benchmark("faults", "--kills=12", "--kills-a-run=6", f"--shards={shards}")
     assert "12 of 12 kills in runs that ended equal, bit for bit" in told

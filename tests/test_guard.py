@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ import torch
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.training.guard import describe_nonfinite, gradient_norm
 from cxr_vae.training.run_log import read_records
-from tests.helpers import command, environment, processes_with, with_patch
+from tests.helpers import (
+    HANG_S,
+    command,
+    environment,
+    processes_with,
+    with_patch,
+)
 from tests.ranks import on_ranks
 from tests.test_train import arguments
 
@@ -83,35 +90,36 @@ def rank_processes(run: Path, torchrun: int) -> list[int]:
 def test_a_rank_that_is_killed_ends_the_others_in_seconds(shards: Path, tmp_path: Path) -> None:
     torchrun = start(shards, tmp_path / "run", tmp_path / "log", ranks=3)
     os.kill(rank_processes(tmp_path / "run", torchrun.pid)[1], signal.SIGKILL)
-    assert torchrun.wait(300) != 0
+    assert torchrun.wait(HANG_S) != 0
     assert processes_with(f"run_dir={tmp_path / 'run'}") == []
     told = (tmp_path / "log").read_text()
-    assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+", told[-600:])  # torchrun's last words
+    assert re.search(r"Signal 9 \(SIGKILL\) received by PID \d+", told)
     assert "cxr_vae/training/train.py" not in told  # no traceback of those that had to follow
 
 
 def test_a_rank_that_stalls_is_named(shards: Path, tmp_path: Path) -> None:
-    torchrun = start(shards, tmp_path / "run", tmp_path / "log", "stall_minutes=0.5", ranks=3)
+    torchrun = start(shards, tmp_path / "run", tmp_path / "log", "stall_minutes=1", ranks=3)
     stalled = rank_processes(tmp_path / "run", torchrun.pid)[1]
     os.kill(stalled, signal.SIGSTOP)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + HANG_S
         while "no sign of" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
         told = (tmp_path / "log").read_text()
-        assert re.search(rf"no sign of rank \d on \S+ \(process {stalled}\) for 30 s, while the others waited", told)
+        assert re.search(rf"no sign of rank \d on \S+ \(process {stalled}\) for 60 s, while the others waited", told)
     finally:
-        os.kill(stalled, signal.SIGKILL)
-    assert torchrun.wait(300) != 0
+        with suppress(ProcessLookupError):  # torchrun's patience was over first
+            os.kill(stalled, signal.SIGKILL)
+    assert torchrun.wait(HANG_S) != 0
     assert processes_with(f"run_dir={tmp_path / 'run'}") == []
 
 
 def test_a_rank_that_never_comes_is_named(shards: Path, tmp_path: Path) -> None:
     asleep = with_patch(tmp_path, 'import os, time\nif os.environ.get("RANK") == "1":\n    time.sleep(600)')
-    call = command("cxr-vae", *arguments(shards, tmp_path / "run", "stall_minutes=0.1"), ranks=2)
-    result = subprocess.run(call, env=asleep, capture_output=True, text=True, check=False, timeout=300)
+    call = command("cxr-vae", *arguments(shards, tmp_path / "run", "stall_minutes=0.2"), ranks=2)
+    result = subprocess.run(call, env=asleep, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert result.returncode == 1
-    assert "no sign of rank 1 (which never came) for 6 s, while the others waited" in result.stderr
+    assert "no sign of rank 1 (which never came) for 12 s, while the others waited" in result.stderr
 
 
 def test_a_rank_whose_torchrun_was_killed_before_it_looked_gives_up(shards: Path, tmp_path: Path) -> None:
@@ -123,7 +131,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_gives_up(shards: Path
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     call = command("cxr-vae", *arguments(shards, tmp_path / "run"))
     result = subprocess.run(
-        call, env=environment(**torchrun, **ranks), capture_output=True, text=True, check=False, timeout=300
+        call, env=environment(**torchrun, **ranks), capture_output=True, text=True, check=False, timeout=HANG_S
     )
     probe.close()
     assert result.returncode == 1
@@ -133,7 +141,7 @@ def test_a_rank_whose_torchrun_was_killed_before_it_looked_gives_up(shards: Path
 
 def test_the_last_words_under_torchrun_are_the_failed_ranks(shards: Path, tmp_path: Path) -> None:
     call = command("cxr-vae", *arguments(shards, tmp_path / "run", "batch_size=1"), ranks=2)
-    result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False, timeout=HANG_S)
     assert result.returncode != 0
     told = "train.batch_size=1 is less than one image for each of 2 processes"
     assert told in result.stderr[-400:]
@@ -141,7 +149,7 @@ def test_the_last_words_under_torchrun_are_the_failed_ranks(shards: Path, tmp_pa
     assert told in ours  # of the first rank only, though torchrun adds its own account
     bug = command("cxr-vae", *arguments(shards, tmp_path / "run", "batch_size=14"), ranks=2)
     broken = with_patch(tmp_path, BUG_ON_RANK_1)
-    result = subprocess.run(bug, env=broken, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(bug, env=broken, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert "ZeroDivisionError: a bug on rank 1" in result.stderr[-400:]
 
 

@@ -11,20 +11,21 @@ import psutil
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.config_file import load_config
 from tests.helpers import (
-    SLOW_STEPS,
+    HANG_S,
     TINY,
     check_saved_at_its_end,
     check_sentence,
     command,
     cxr_vae,
     environment,
+    held_after,
     wait_until,
     with_patch,
 )
 
 
-def launch(*arguments: object, cluster: str = "inline") -> "subprocess.CompletedProcess[str]":
-    return cxr_vae(*arguments, f"--cluster={cluster}", program="cxr-launch")
+def launch(*arguments: object, cluster: str = "inline", **variables: str) -> "subprocess.CompletedProcess[str]":
+    return cxr_vae(*arguments, f"--cluster={cluster}", program="cxr-launch", **variables)
 
 
 def ask(*arguments: object) -> str:
@@ -121,13 +122,13 @@ class TestInline:
         assert states(tmp_path / "run")["shard"]["state"] == "failed"
 
     def test_ctrl_c_lets_the_training_save_and_the_same_command_goes_on(self, shards: Path, tmp_path: Path) -> None:
-        call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=400"), "--cluster=inline")
+        call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=4000"), "--cluster=inline")
         process = subprocess.Popen(
             call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         wait_until(lambda: num_lines(tmp_path / "run") > 20)
         os.killpg(process.pid, signal.SIGINT)  # to every process in the foreground, as a terminal does
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=HANG_S)
         assert process.returncode == 75
         saved = published(tmp_path / "run" / "checkpoints")
         step = int(saved[0].name.rpartition("-")[2])
@@ -145,7 +146,7 @@ class TestInline:
         first, second = (tmp_path / f"run/lr={lr}" for lr in ("1e-3", "1e-4"))
         wait_until(lambda: num_lines(first) > 5)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(120) == 75
+        assert process.wait(HANG_S) == 75
         found = {one["run"]: one["state"] for one in json.loads(ask("status", tmp_path / "run", "--json"))}
         assert found == {str(first): "stopped", str(second): "cancelled", str(tmp_path / "run"): "cancelled"}
 
@@ -155,7 +156,7 @@ class TestInline:
             "import sys\n"
             "if 'cxr_vae' in sys.orig_argv:\n"
             "    import time, pathlib, cxr_vae.data.shards as shards\n"
-            f"    shards.write_shards = lambda *_, **__: (pathlib.Path('{asleep}').touch(), time.sleep(60))\n"
+            f"    shards.write_shards = lambda *_, **__: (pathlib.Path('{asleep}').touch(), time.sleep(600))\n"
         )
         call = command("cxr-launch", "shard", *options(source, tmp_path), "--cluster=inline")
         process = subprocess.Popen(
@@ -163,14 +164,14 @@ class TestInline:
         )
         wait_until(asleep.exists)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=HANG_S)
         assert "error: interrupted; the same command goes on" in out
         assert "start it again to go on" in out
         assert process.returncode == 75
         assert states(tmp_path / "run")["shard"]["state"] == "stopped"
 
     def test_a_killed_launcher_takes_its_ranks_along(self, shards: Path, tmp_path: Path) -> None:
-        call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=400"), "--cluster=inline")
+        call = command("cxr-launch", "train", *trainings(shards, tmp_path, "epochs=4000"), "--cluster=inline")
         process = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
         wait_until(lambda: num_lines(tmp_path / "run") > 5)
         assert len(processes_of(tmp_path / "run")) > 3
@@ -185,7 +186,8 @@ class TestLocal:
 
     def test_a_killed_rank_is_started_again_and_the_end_is_the_same(self, shards: Path, tmp_path: Path) -> None:
         run, told = tmp_path / "run", trainings(shards, tmp_path, "epochs=60", "checkpoint.every_steps=7")
-        queued = launch("train", *told, cluster="local")
+        held, go = held_after(40, tmp_path)
+        queued = launch("train", *told, cluster="local", PYTHONPATH=held["PYTHONPATH"])
         assert queued.returncode == 0, queued.stderr
         assert f"cxr-launch status {run}" in queued.stdout
         wait_until(lambda: num_lines(run) > 30)
@@ -194,6 +196,7 @@ class TestLocal:
         assert (running["state"], running["num_steps"]) == ("running", 300)
         twice = launch("train", *told, cluster="local")
         check_sentence(twice, "has a train job already", f"cxr-launch cancel {run}", program="cxr-launch")
+        go.touch()
         followed = ask("logs", run, "--follow")
         assert "trained weights:" in followed
         log = (run / "logs" / f"run-train-{socket.gethostname()}-rank0.log").read_text()
@@ -210,10 +213,12 @@ class TestLocal:
         flow = ("prior.name=flow", "prior.width=8", "prior.batch_size=14", "prior.epochs=60", "epochs=2")
         told = trainings(shards, tmp_path, *flow, "checkpoint.every_steps=20")
         call = command("cxr-launch", "prior", *told, "--cluster=local")
-        subprocess.run(call, env=with_patch(tmp_path, SLOW_STEPS), stdout=subprocess.DEVNULL, check=True)
+        held, go = held_after(30, tmp_path)
+        subprocess.run(call, env=held, stdout=subprocess.DEVNULL, check=True)
         wait_until(lambda: any(published(path) for path in run.glob("priors/*/checkpoints")))
         processes_of(run, "cxr_vae")[0].kill()
-        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), 180, every_s=2)
+        go.touch()
+        wait_until(lambda: states(run)["prior"]["state"] not in ("running", "waiting"), every_s=2)
         status = states(run)["prior"]
         assert (status["state"], status["attempt"], status["step"]) == ("done", 2, 300)
         log = (run / "logs" / f"run-prior-{socket.gethostname()}-rank0.log").read_text()
@@ -223,7 +228,7 @@ class TestLocal:
 
     def test_cancel_lets_it_save_and_ends_it(self, shards: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"
-        launch("train", *trainings(shards, tmp_path, "epochs=400"), cluster="local")
+        launch("train", *trainings(shards, tmp_path, "epochs=4000"), cluster="local")
         wait_until(lambda: num_lines(run) > 5)
         assert "train job" in ask("cancel", run)
         wait_until(lambda: not processes_of(run))

@@ -163,7 +163,7 @@ def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmClust
         wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause), every_s=0.5)
         start = time.monotonic()
         assert second.control("down").returncode == 0
-        assert time.monotonic() - start < 30  # nothing had to be waited for
+        assert time.monotonic() - start < 120  # nothing had to be waited for
         assert not processes_with(pause)
         assert not marked(second.folder)
         assert str(second.folder) not in Path("/proc/self/mountinfo").read_text()

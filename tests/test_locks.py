@@ -12,7 +12,15 @@ from cxr_vae import locks
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.training.run_log import read_records
-from tests.helpers import check_sentence, command, cxr_vae, environment, wait_until, with_patch
+from tests.helpers import (
+    HANG_S,
+    check_sentence,
+    command,
+    cxr_vae,
+    environment,
+    wait_until,
+    with_patch,
+)
 from tests.test_train import arguments
 
 
@@ -33,7 +41,7 @@ def holder(directory: Path, seconds: float) -> "multiprocessing.process.BaseProc
 
 
 def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
-    process = holder(tmp_path, 60)
+    process = holder(tmp_path, 600)
     with pytest.raises(UserError, match=rf"in use by process {process.pid} on {socket.gethostname()} since \d{{4}}-"):
         DirectoryLock(tmp_path, wait_s=0.5)
     process.kill()  # as a crash or a reboot: the kernel lets go
@@ -43,7 +51,7 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
 
 def test_it_waits_for_one_that_is_leaving(tmp_path: Path) -> None:
     process = holder(tmp_path, 1.5)
-    DirectoryLock(tmp_path, wait_s=20).release()
+    DirectoryLock(tmp_path, wait_s=300).release()
     process.join()
 
 
@@ -51,7 +59,7 @@ def test_it_waits_longer_for_one_on_another_machine_which_may_be_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(locks, "OTHER_HOST_WAIT_S", 60.0)
-    process = holder(tmp_path, 60)
+    process = holder(tmp_path, 600)
     (tmp_path / ".lock").write_text("process 7 on elsewhere since 2026-11-22 12:00:00\n")
     with pytest.raises(UserError, match="in use by process 7 on elsewhere since"):
         DirectoryLock(tmp_path, wait_s=0)
@@ -95,5 +103,5 @@ def test_two_runs_on_one_run_directory(shards: Path, tmp_path: Path) -> None:
     done = len(read_records(run / "metrics.jsonl"))
     wait_until(lambda: len(read_records(run / "metrics.jsonl")) > done)  # undisturbed
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 75
+    assert first.wait(HANG_S) == 75
     assert cxr_vae(*arguments(shards, run, "epochs=1")).returncode == 2  # freed, too short

@@ -21,7 +21,7 @@ from cxr_vae.errors import UserError
 from cxr_vae.phantoms.anatomy import Anatomy
 from cxr_vae.phantoms.drawing import draw_phantom
 from cxr_vae.phantoms.folder import MARKER, write_phantoms
-from tests.helpers import cxr_vae
+from tests.helpers import HANG_S, cxr_vae, with_patch
 
 NUM, SEED = 12, 3
 ROOT = Path(__file__).parents[1]
@@ -114,12 +114,25 @@ def test_two_workers_and_a_second_call_give_the_same_bytes(reference: dict[str, 
     assert kept.stat().st_mtime_ns == stamp
 
 
+SLOW_PHANTOMS = """
+import functools, time, cxr_vae.phantoms.folder as folder
+write = folder._write_phantom
+@functools.wraps(write)
+def slow(*arguments):
+    write(*arguments)
+    time.sleep(1)
+folder._write_phantom = slow
+"""
+"""In each worker: so that none is ready before it is interrupted."""
+
+
 @contextmanager
 def running(out: Path, num: int, images: int) -> Iterator["subprocess.Popen[str]"]:
     """A process, leader of its own group, that writes a set with two workers and has some images done."""
     code = f"from cxr_vae.phantoms.folder import write_phantoms; write_phantoms({str(out)!r}, {num}, {SEED}, workers=2)"
+    slowly = with_patch(out.parent, SLOW_PHANTOMS)
     run = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
+        [sys.executable, "-c", code], env=slowly, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
     )
     try:
         while len(list(out.rglob("*.jpeg"))) < images:
@@ -133,13 +146,13 @@ def running(out: Path, num: int, images: int) -> Iterator["subprocess.Popen[str]
 
 
 def test_a_killed_run_is_finished(reference: dict[str, bytes], tmp_path: Path) -> None:
-    with running(tmp_path, NUM, images=1) as run:
+    with running(tmp_path / "out", NUM, images=1) as run:
         run.kill()
-        run.communicate(timeout=60)  # until the last worker, which holds stderr too, has followed its parent
+        run.communicate(timeout=HANG_S)  # until the last worker, which holds stderr too, has followed its parent
         assert run.returncode == -signal.SIGKILL
         assert 1 <= len(list(tmp_path.rglob("*.jpeg"))) < NUM
-    write_phantoms(tmp_path, NUM, SEED, workers=1)
-    assert contents(tmp_path) == reference
+    write_phantoms(tmp_path / "out", NUM, SEED, workers=1)
+    assert contents(tmp_path / "out") == reference
 
 
 def test_it_takes_as_many_cores_as_its_launcher_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,9 +171,9 @@ def test_it_takes_as_many_cores_as_its_launcher_says(tmp_path: Path, monkeypatch
 
 
 def test_ctrl_c_leaves_promptly_and_without_workers(tmp_path: Path) -> None:
-    with running(tmp_path, 2000, images=12) as run:  # of both workers
+    with running(tmp_path / "out", 2000, images=12) as run:  # of both workers
         os.killpg(run.pid, signal.SIGINT)  # to all, as the terminal does
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=HANG_S)
     assert run.returncode == -signal.SIGINT
     assert errors.startswith("Traceback")  # no progress bar before it: stderr is no terminal
     assert errors.rstrip().endswith("KeyboardInterrupt")

@@ -30,7 +30,7 @@ from cxr_vae.training.run_log import read_epochs, read_records
 from cxr_vae.training.validation import draw_grids
 from cxr_vae.training.validation import test_losses as losses_of_split
 from cxr_vae.weights import load_vae
-from tests.helpers import SLOW_STEPS, check_sentence, command, cxr_vae, with_patch
+from tests.helpers import HANG_S, check_sentence, command, cxr_vae, held_after
 from tests.page_helpers import read_page, section, text_of
 
 HERE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -82,13 +82,13 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 def end_after(call: list[Any], run: Path, metrics: Path, steps: int, number: signal.Signals) -> int:
     """Starts a command and sends it a signal once it has logged so many steps; returns its exit code."""
-    words, slowly = command("cxr-vae", *call), with_patch(run.parent, SLOW_STEPS)
-    process = subprocess.Popen(words, env=slowly, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words, (held, _) = command("cxr-vae", *call), held_after(steps + 2, run.parent)
+    process = subprocess.Popen(words, env=held, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(read_records(metrics)) < steps:
         time.sleep(0.005)
     assert process.poll() is None, "it ended before it could be told to"
     process.send_signal(number)
-    return process.wait(60)
+    return process.wait(HANG_S)
 
 
 def test_killed_it_ends_the_same_bit_for_bit(shards: Path, recipe: Path, tmp_path: Path) -> None:

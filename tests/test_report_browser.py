@@ -9,6 +9,7 @@ import pytest
 from cxr_vae.report.command import report_runs
 from cxr_vae.run_dir import RunDir
 from tests.browser_helpers import chromium
+from tests.helpers import HANG_S
 from tests.report_runs import RESULTS, make_run, reported_run
 
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
@@ -36,6 +37,7 @@ class TestInChromium:
 
         def open_page(path: Path = run.path / "report.html", scheme: str = "light", size: Any = DESKTOP) -> Any:
             contexts.append(browser.new_context(color_scheme=scheme, viewport=size, reduced_motion="reduce"))
+            contexts[-1].set_default_timeout(HANG_S * 1000)
             page = contexts[-1].new_page()
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))

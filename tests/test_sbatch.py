@@ -9,21 +9,24 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import TINY, check_saved_at_its_end, cxr_vae, wait_until
+from tests.helpers import HANG_S, TINY, check_saved_at_its_end, cxr_vae, held_after, wait_until
 from tests.slurm_helpers import SlurmCluster
 
 SCRIPTS = sorted(Path("slurm").glob("*.sbatch"))
 OPTIONS = ("configs/reference.yaml", *TINY, "checkpoint.every_steps=1000", "checkpoint.best=false")
 
 
-def sbatch(cluster: SlurmCluster, log: Path, script: str, *arguments: object, nodes: int = 1, ranks: int = 1) -> str:
+def sbatch(
+    cluster: SlurmCluster, log: Path, script: str, *arguments: object, nodes: int = 1, ranks: int = 1, path: str = ""
+) -> str:
     """Queues a script; returns the job's id."""
     size = (f"--nodes={nodes}", "--cpus-per-task=2", f"--output={log}", "--mem=2G")
-    call = ["env", f"CXR_PROCESSES_PER_NODE={ranks}", "sbatch", "--parsable", *size, f"slurm/{script}.sbatch"]
+    told = (f"CXR_PROCESSES_PER_NODE={ranks}", *([f"PYTHONPATH={path}"] if path else []))
+    call = ["env", *told, "sbatch", "--parsable", *size, f"slurm/{script}.sbatch"]
     return cluster.run(*call, *map(str, arguments)).strip()
 
 
-def ended(cluster: SlurmCluster, job: str, seconds: float = 120) -> str:
+def ended(cluster: SlurmCluster, job: str, seconds: float = HANG_S) -> str:
     """Its state when it is over."""
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
     wait_until(lambda: cluster.state(job) in over, seconds, every_s=0.5)
@@ -61,12 +64,14 @@ def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machi
     )
 
     log, told = tmp_path / "train.log", [*OPTIONS, f"data.shards={shards}", "epochs=80"]
-    job = sbatch(cluster, log, "train", *told, f"run_dir={run}", nodes=2, ranks=2)
-    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 20, 300)
+    held, go = held_after(30, tmp_path)
+    job = sbatch(cluster, log, "train", *told, f"run_dir={run}", nodes=2, ranks=2, path=held["PYTHONPATH"])
+    wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 20)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: published(run / "checkpoints"), 120)
+    wait_until(lambda: published(run / "checkpoints"))
+    go.touch()
     stopped_at = published(run / "checkpoints")[0].name
-    assert ended(cluster, job, 600) == "COMPLETED", log.read_text()
+    assert ended(cluster, job) == "COMPLETED", log.read_text()
     assert "back into the queue" in log.read_text()
     assert f"going on from {stopped_at}" in log.read_text()
     alone = cxr_vae("train", *told, f"run_dir={tmp_path / 'alone'}", ranks=4)

@@ -23,7 +23,15 @@ from cxr_vae.data.shards import num_shards, write_shards
 from cxr_vae.data.tars import Entry, Preprocessing, Shard, read_entries
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
-from tests.helpers import check_sentence, command, cxr_vae, draw_source, environment
+from tests.helpers import (
+    HANG_S,
+    check_sentence,
+    command,
+    cxr_vae,
+    draw_source,
+    environment,
+    with_patch,
+)
 
 
 def same_files(a: Path, b: Path) -> bool:
@@ -90,13 +98,25 @@ def test_manifest_describes_the_shards(shards: Path) -> None:
             assert hashlib.sha256(content).hexdigest() == file["sha256"]
 
 
+HELD_AFTER_A_TAR = """
+import functools, time, cxr_vae.data.tars as tars
+write = tars.write_tar
+@functools.wraps(write)
+def held(shard):
+    write(shard)
+    time.sleep(600)
+tars.write_tar = held
+"""
+"""In each worker: however slow the machine, the shards aren't finished before they are interrupted."""
+
+
 def test_killed_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     draw_source(tmp_path / "source", {"train": (120, 120), "test": (40, 40)})
     arguments = ["shard", tmp_path / "source", tmp_path / "killed", "--image-size", 448, "--workers", 2]
-    kills = 0
+    kills, held = 0, with_patch(tmp_path, HELD_AFTER_A_TAR)
     for _ in range(3):
         process = subprocess.Popen(
-            command("cxr-vae", *arguments), env=environment(), stderr=subprocess.PIPE, start_new_session=True
+            command("cxr-vae", *arguments), env=held, stderr=subprocess.PIPE, start_new_session=True
         )
         before = len(list((tmp_path / "killed").glob("*.tar")))
         while process.poll() is None and len(list((tmp_path / "killed").glob("*.tar"))) < before + 1:
@@ -123,7 +143,7 @@ def test_two_at_once_take_turns_and_the_second_finds_them_finished(tmp_path: Pat
         assert told.startswith(f"{both} is in use by process {os.getpid()} on "), told
         assert told.endswith("; waiting for it to leave\n")
     lock.release()
-    told = [process.communicate(timeout=120)[1] for process in processes]
+    told = [process.communicate(timeout=HANG_S)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     whole = write_shards(tmp_path / "source", tmp_path / "whole", Preprocessing(224), workers=1)
     assert len(whole.split("train")) == 120

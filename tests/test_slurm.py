@@ -11,7 +11,16 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import TINY, check_saved_at_its_end, check_sentence, command, wait_until
+from launch.records import records_of
+from tests.helpers import (
+    HANG_S,
+    TINY,
+    check_saved_at_its_end,
+    check_sentence,
+    command,
+    held_after,
+    wait_until,
+)
 from tests.slurm_helpers import SlurmCluster
 
 SMALL = (*TINY, "cpus_per_process=1", "resources.memory_gb=1", "checkpoint.every_steps=1000")
@@ -26,7 +35,7 @@ class Launcher:
     def __call__(self, *arguments: object, **extra: str) -> "subprocess.CompletedProcess[str]":
         call = command("cxr-launch", *arguments)
         return subprocess.run(
-            call, env=self.cluster.env | extra, capture_output=True, text=True, check=False, timeout=550
+            call, env=self.cluster.env | extra, capture_output=True, text=True, check=False, timeout=HANG_S
         )
 
     def submit(self, *arguments: object, **extra: str) -> list[str]:
@@ -100,7 +109,7 @@ def test_a_stage_that_fails_takes_those_after_it_along(launch: Launcher, source:
     run = tmp_path / "run"
     paths = (f"data.source={broken}", f"data.shards={tmp_path / 'shards'}", f"run_dir={run}", "features=random")
     launch.submit("pipeline", "configs/reference.yaml", *SMALL, *paths)
-    wait_until(lambda: gone(launch.cluster), 300, every_s=0.5)
+    wait_until(lambda: gone(launch.cluster), every_s=0.5)
     stages = [f"run/{stage}" for stage in ("train", "evaluate", "report")]
     # The controller forgets cancelled jobs at once; accounting may hear of it later.
     wait_until(lambda: {launch.status(run)[stage]["state"] for stage in stages} == {"cancelled"}, every_s=2)
@@ -115,13 +124,16 @@ def test_a_stage_that_fails_takes_those_after_it_along(launch: Launcher, source:
 
 def test_a_sweep_is_an_array_of_runs_and_a_table(launch: Launcher, shards: Path, tmp_path: Path) -> None:
     told = ["sweep", "configs/reference.yaml", *SMALL, f"data.shards={shards}", f"run_dir={tmp_path / 'sweep'}"]
-    jobs = launch.submit(*told, "epochs=60", "lr=1e-3,1e-4", "latent_dim=2,3")
+    held, go = held_after(10, tmp_path)
+    jobs = launch.submit(*told, "epochs=60", "lr=1e-3,1e-4", "latent_dim=2,3", PYTHONPATH=held["PYTHONPATH"])
     array = jobs[0].partition("_")[0]
     assert jobs[:4] == [f"{array}_{number}" for number in range(4)]
     told_to_stop = next((tmp_path / "sweep").glob(f"*/jobs/train-{array}_1-*")).parents[1]
-    wait_until(lambda: trains(told_to_stop), 300)
+    wait_until(lambda: trains(told_to_stop))
     launch.cluster.run("scancel", "--signal=USR2", f"{array}_1")
-    wait_until(lambda: gone(launch.cluster), 600, every_s=0.5)
+    wait_until(lambda: next(iter(records_of(told_to_stop / "jobs"))).attempts[0].outcome == "stopped")
+    go.touch()
+    wait_until(lambda: gone(launch.cluster), every_s=0.5)
     found = launch.status(tmp_path / "sweep")
     assert {one["state"] for one in found.values()} == {"done"}
     assert {one["job"]: one["attempt"] for one in found.values() if one["stage"] == "train"} == {
@@ -145,7 +157,7 @@ def test_status_cancel_and_twice_the_same_without_accounting(launch: Launcher, s
         twice = launch(*told, "--profile=local_cluster")
         check_sentence(twice, f"has a train job already ({job}, running)", program="cxr-launch")
         assert f"train job {job} cancelled" in launch("cancel", run).stdout
-        wait_until(lambda: gone(cluster), 180, every_s=0.5)
+        wait_until(lambda: gone(cluster), every_s=0.5)
         time.sleep(8)  # a job that came back would be in the queue again by now
         assert gone(cluster)
         assert launch.status(run)["run/train"]["state"] == "cancelled"
@@ -161,14 +173,14 @@ def test_what_is_cancelled_through_slurm_stays_so_and_the_same_command_goes_on(
     (job,) = launch.submit(*training(shards, run, "epochs=4000"))
     wait_until(lambda: published(run / "checkpoints"), 300)  # what a save needs has been imported then
     cluster.run("scancel", job)
-    wait_until(lambda: gone(cluster), 180, every_s=0.5)
+    wait_until(lambda: gone(cluster), every_s=0.5)
     time.sleep(8)
     assert gone(cluster)
-    assert launch.status(run)["run/train"]["state"] == "cancelled"
+    wait_until(lambda: launch.status(run)["run/train"]["state"] == "cancelled", every_s=2)
     check_saved_at_its_end(run)
     step = int(published(run / "checkpoints")[0].name.rpartition("-")[2])
     (again,) = launch.submit(*training(shards, run, f"epochs={step // 5 + 2}"))
-    wait_until(lambda: gone(cluster), 180, every_s=0.5)
+    wait_until(lambda: gone(cluster), every_s=0.5)
     status = launch.status(run)["run/train"]
     assert (status["job"], status["state"], status["attempt"]) == (again, "done", 1)
     assert f"going on from step-{step:010d}" in launch("logs", run, "--stage=train").stdout

@@ -15,7 +15,7 @@ from launch.logs import log_files
 from launch.records import Record
 from launch.slurm_commands import Queued
 from launch.status import look, running_job, statuses
-from tests.helpers import wait_until
+from tests.helpers import HANG_S, wait_until
 
 
 class FakeSlurm:
@@ -70,8 +70,9 @@ def test_slurm_is_asked_for_no_job_whose_files_say_that_it_has_ended(slurm: Fake
 
 
 def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
-    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("launch.status.ASK_EVERY_S", 3600.0)
     record = queued(tmp_path / "run", "7")
     record.begin("node1", 0, 0)
     slurm.says("squeue", "7|RUNNING|None|1:00")
@@ -85,7 +86,7 @@ def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
     assert follower.is_alive()
     log.write_text("a line\nthe last\n")
     record.end("done", "", 5, "end")
-    follower.join(12)
+    follower.join(HANG_S)
     assert not follower.is_alive()
     assert "the last" in capsys.readouterr().out
     assert len(slurm.calls("squeue")) == 1

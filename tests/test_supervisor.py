@@ -12,6 +12,7 @@ from launch.records import Attempt, RankEnd, Record
 from launch.stages import Stage
 from launch.starters import Here, free_port
 from launch.supervisor import decide, judge
+from tests.helpers import HANG_S
 
 
 def ends(*codes: int | None) -> list[RankEnd]:
@@ -128,10 +129,10 @@ def test_a_chain_stops_at_a_stage_that_fails_unless_it_is_a_sweep(tmp_path: Path
         Stage("report", ("report", str(tmp_path / "nowhere")), tmp_path / name, tmp_path)
         for name in ("first", "second")
     ]
-    assert psutil.Process(in_background(Job(tuple(stages), Here()))).wait(120) == 2
+    assert psutil.Process(in_background(Job(tuple(stages), Here()))).wait(HANG_S) == 2
     assert "report mistake: " in stages[0].job_log.read_text()
     assert not (tmp_path / "second").exists()
-    assert psutil.Process(in_background(Job(tuple(stages), Here(), keep_going=True))).wait(120) == 2
+    assert psutil.Process(in_background(Job(tuple(stages), Here(), keep_going=True))).wait(HANG_S) == 2
     assert list((tmp_path / "second/logs").glob("second-report-*-rank0.log"))
     assert stages[0].job_log.read_text().count("attempt 1 on") == 2
     assert stages[1].job_log.read_text().count("attempt 1 on") == 1

@@ -22,15 +22,15 @@ from cxr_vae.stopping import STOPPED_EXIT_CODE
 from cxr_vae.training.run_log import read_records
 from cxr_vae.weights import WORDS, facts_in, load_vae, save_weights
 from tests.helpers import (
-    SLOW_STEPS,
+    HANG_S,
     TINY,
     check_sentence,
     command,
     cxr_vae,
     environment,
+    held_after,
     processes_with,
     wait_until,
-    with_patch,
 )
 
 
@@ -104,16 +104,16 @@ def test_losses_of_an_epoch_are_the_means_of_its_steps(undisturbed: Path) -> Non
 def test_told_to_leave_by_any_signal_it_saves_and_the_end_is_the_same(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run, slowly = tmp_path / "run", with_patch(tmp_path, SLOW_STEPS)
+    run, (held, _) = tmp_path / "run", held_after(4, tmp_path)
     call = command("cxr-vae", *arguments(shards, run, *LONG))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         done = len(read_records(run / "metrics.jsonl"))
-        process = subprocess.Popen(call, env=slowly, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(call, env=held, stdout=subprocess.PIPE, text=True)
         while len(read_records(run / "metrics.jsonl")) < done + 2:
             assert process.poll() is None, "it ended before it could be told to stop"
             time.sleep(0.01)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=HANG_S)
         assert process.returncode == STOPPED_EXIT_CODE == 75
         assert f"({number.name}); the same command goes on from there" in out
         stopped_at = read_records(run / "metrics.jsonl")[-1]["step"]

@@ -18,7 +18,7 @@ MOULD = multiprocessing.get_context("forkserver")
 MOULD.set_forkserver_preload(
     [
         *("cxr_vae.training.train", "cxr_vae.evaluation.evaluate", "cxr_vae.data.shards"),
-        *("torch._dynamo", "torch.distributed.checkpoint"),
+        *("torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard"),
     ]
 )
 

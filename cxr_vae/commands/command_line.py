@@ -22,7 +22,7 @@ Command = Callable[[argparse.Namespace], int]
 OVERRIDES_HELP = "options by their dotted key, such as train.epochs=2 (`cxr-vae config` lists them all)"
 
 
-OTHERS_WAIT_S = 3.0
+OTHERS_WAIT_S = 6.0
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,7 +48,9 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
     """
     code, message = 2, None
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
     except UserError as error:
         message = str(error)
     except LostPeersError as error:
