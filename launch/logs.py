@@ -51,8 +51,8 @@ def show(run: RunDir, stage: str | None, *, follow: bool, is_over: Callable[[], 
         yield from (f"{path.stem}: {line}" if several else line for line in tail.new_lines()[-LAST_LINES:])
     while follow:
         over = is_over()
-        for path in log_files(run, stage):
-            tail = tails.setdefault(path, Tail(path))
+        tails |= {path: Tail(path) for path in log_files(run, stage) if path not in tails}
+        for path, tail in tails.items():  # also the last lines of the stage before
             yield from (f"{path.stem}: {line}" for line in tail.new_lines())
         if over:
             return

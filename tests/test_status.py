@@ -11,7 +11,7 @@ import pytest
 
 from cxr_vae.run_dir import RunDir
 from launch.cli import main
-from launch.logs import log_files
+from launch.logs import log_files, show
 from launch.records import Record
 from launch.slurm_commands import Queued
 from launch.status import look, running_job, statuses
@@ -90,6 +90,28 @@ def test_who_follows_logs_asks_slurm_seldom_and_hears_of_the_end_at_once(
     assert not follower.is_alive()
     assert "the last" in capsys.readouterr().out
     assert len(slurm.calls("squeue")) == 1
+
+
+def test_who_follows_sees_the_last_lines_of_a_stage_and_the_next_ones(tmp_path: Path) -> None:
+    """Also where both came between two looks."""
+    run = RunDir(tmp_path / "run")
+    run.logs.mkdir(parents=True)
+    first, second = (run.logs / f"run-{stage}-job.log" for stage in ("train", "prior"))
+    first.write_text("begins\n")
+    looks = iter([False, True])
+
+    def is_over() -> bool:
+        over = next(looks)
+        if over:
+            first.write_text("begins\nends\n")
+            second.write_text("begins, too\n")
+        return over
+
+    assert list(show(run, None, follow=True, is_over=is_over)) == [
+        "begins",
+        "run-train-job: ends",
+        "run-prior-job: begins, too",
+    ]
 
 
 def test_a_colleagues_job_is_looked_for_and_keeps_another_from_being_submitted(
