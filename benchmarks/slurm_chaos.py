@@ -37,7 +37,7 @@ from launch.records import Record, records_of
 EVERY_STEPS = 20
 """Steps between checkpoints: no event may cost more."""
 
-STEP_S = 0.25
+STEP_S = 0.5
 
 SLOW = """
 import os, sys, time

@@ -19,7 +19,7 @@ def test_every_interruption_resumes_by_itself_and_the_end_is_the_same(
         *("-m", "benchmarks.slurm_chaos"),
         "--rounds=1",
         "--ranks=1",
-        "--epochs=700",
+        "--epochs=400",
         f"--shards={shards}",
     ]
     environment = slurm_cluster.env | {"CXR_SLURM_DIR": str(slurm_cluster.folder)}
