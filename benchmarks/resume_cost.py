@@ -140,7 +140,7 @@ def start(samples_seen: int, shards: Path) -> tuple[float, float, float]:
 
 
 def last_samples_seen(path: Path) -> int:
-    """Of the last whole line of a metrics file that may not be there yet; else 0."""
+    """The most in the last lines of a metrics file that may not be there yet; else 0."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:

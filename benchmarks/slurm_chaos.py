@@ -73,7 +73,8 @@ OPTIONS = (
 def run(*command: str, check: bool = True) -> str:
     for _ in range(5):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if command[0] == "sbatch" or "timed out" not in done.stderr:  # a busy machine's controller
+        busy = done.returncode and "timed out" in done.stderr  # the controller, on a busy machine
+        if not busy or command[0] == "sbatch":
             break
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -233,6 +234,7 @@ class Trial:
         start = time.monotonic()
         doing = getattr(self, event)()
         with undone(doing):
+            step = max(step, self.last_step())
             while len(self.record.attempts) == num_attempts:
                 step = max(step, self.last_step())
                 if time.monotonic() - start > HANG_S:

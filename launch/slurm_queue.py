@@ -24,8 +24,8 @@ REPORT_MIN = 30
 USERS_OWN = ("account", "partition", "qos", "reservation", "constraint", "wckey")
 """Options that people set once for all, such as by SBATCH_ACCOUNT in their shell's start-up file."""
 
-SETTLING_S, LOOKS = 1.5, 10
-"""How often it is looked, and after which pauses, whether a job that was just queued has a reason for waiting."""
+SETTLING_S, LOOK_FOR_S = 1.5, 15.0
+"""After which pauses it is looked, and for how long, whether a job that was just queued has a reason for waiting."""
 
 
 @dataclass
@@ -193,13 +193,13 @@ def submitting(stage: Stage, options: Mapping[str, Any]) -> Iterator[None]:
 
 def warn_of_waiting(jobs: Sequence[str]) -> None:
     """Says so where Slurm would let a job wait for ever, with its own reason."""
-    for _ in range(LOOKS):
+    deadline = time.monotonic() + LOOK_FOR_S
+    while True:
         time.sleep(SETTLING_S)
         answer = slurm_commands.queue()
         queue = answer or {}
-        if answer is not None and not any(
-            queue[job].state == "PENDING" and queue[job].reason == "None" for job in jobs if job in queue
-        ):
+        unsettled = any(queue[job].state == "PENDING" and queue[job].reason == "None" for job in jobs if job in queue)
+        if (answer is not None and not unsettled) or time.monotonic() > deadline:
             break
     for job in jobs:
         if job in queue and queue[job].may_wait_for_ever:

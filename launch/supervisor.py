@@ -119,7 +119,7 @@ class Supervisor:
         say("── back into the queue")
         deadline = time.monotonic() + 600
         while self._told != signal.SIGTERM and time.monotonic() < deadline:
-            time.sleep(PAUSE_S)  # until the queue ends us: to return before would look like the job's own end
+            time.sleep(PAUSE_S)  # until Slurm has told us to end: to return before would look like the job's own end
         return STOPPED_EXIT_CODE
 
     @contextlib.contextmanager

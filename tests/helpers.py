@@ -99,7 +99,7 @@ if "cxr_vae" in sys.orig_argv:
         while len(done) >= {steps} and not told and not os.path.exists({go!r}):
             time.sleep(0.02)
             if time.monotonic() > deadline:
-                os._exit(1)  # the test has failed and forgotten this process
+                os._exit(2)  # which nothing starts again: the test has failed and forgotten this process
         done.append(1)
         return step(*arguments)
     def noted(*arguments):

@@ -120,6 +120,20 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in result.stderr
 
 
+@pytest.mark.parametrize(("where", "code"), [("> /dev/full", 2), (">&-", 0)])
+def test_what_can_not_be_printed_at_the_end(where: str, code: int) -> None:
+    """A full disk is told, also where the last line meets it; no stdout at all is somebody's wish."""
+    program = (
+        "from cxr_vae.commands.command_line import run; import argparse, sys; "
+        "sys.exit(run(lambda arguments: print(7) or 0, argparse.Namespace(), 'cxr-vae'))"
+    )
+    shell = ["bash", "-c", f'"$1" -c "$2" {where}', "bash", sys.executable, program]
+    result = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    assert len(result.stderr.splitlines()) == bool(code), result.stderr
+    assert ("make room" in result.stderr) == bool(code)
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     shell = ["bash", "-c", f"{sys.executable} -m cxr_vae config | head -1"]
     result = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)

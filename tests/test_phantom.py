@@ -120,17 +120,17 @@ write = folder._write_phantom
 @functools.wraps(write)
 def slow(*arguments):
     write(*arguments)
-    time.sleep(1)
+    time.sleep({seconds})
 folder._write_phantom = slow
 """
-"""In each worker: so that none is ready before it is interrupted."""
+"""In each worker: so that not all is done before it is interrupted."""
 
 
 @contextmanager
-def running(out: Path, num: int, images: int) -> Iterator["subprocess.Popen[str]"]:
+def running(out: Path, num: int, images: int, pause_s: float) -> Iterator["subprocess.Popen[str]"]:
     """A process, leader of its own group, that writes a set with two workers and has some images done."""
     code = f"from cxr_vae.phantoms.folder import write_phantoms; write_phantoms({str(out)!r}, {num}, {SEED}, workers=2)"
-    slowly = with_patch(out.parent, SLOW_PHANTOMS)
+    slowly = with_patch(out.parent, SLOW_PHANTOMS.format(seconds=pause_s))
     run = subprocess.Popen(
         [sys.executable, "-c", code], env=slowly, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
     )
@@ -146,7 +146,7 @@ def running(out: Path, num: int, images: int) -> Iterator["subprocess.Popen[str]
 
 
 def test_a_killed_run_is_finished(reference: dict[str, bytes], tmp_path: Path) -> None:
-    with running(tmp_path / "out", NUM, images=1) as run:
+    with running(tmp_path / "out", NUM, images=1, pause_s=600) as run:
         run.kill()
         run.communicate(timeout=HANG_S)  # until the last worker, which holds stderr too, has followed its parent
         assert run.returncode == -signal.SIGKILL
@@ -171,7 +171,7 @@ def test_it_takes_as_many_cores_as_its_launcher_says(tmp_path: Path, monkeypatch
 
 
 def test_ctrl_c_leaves_promptly_and_without_workers(tmp_path: Path) -> None:
-    with running(tmp_path / "out", 2000, images=12) as run:  # of both workers
+    with running(tmp_path / "out", 2000, images=12, pause_s=1) as run:  # of both workers
         os.killpg(run.pid, signal.SIGINT)  # to all, as the terminal does
         _, errors = run.communicate(timeout=HANG_S)
     assert run.returncode == -signal.SIGINT

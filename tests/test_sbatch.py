@@ -96,7 +96,7 @@ def test_a_cancelled_job_stays_so_and_a_mistake_is_told(
     job = sbatch(cluster, log, "train", *OPTIONS, *long)
     assert ended(cluster, wrong) == "FAILED"
     assert "did you mean train.epochs or prior.epochs?" in (tmp_path / "wrong.log").read_text()
-    wait_until(lambda: published(run / "checkpoints"), 180)  # what a save needs has been imported then
+    wait_until(lambda: published(run / "checkpoints"))  # what a save needs has been imported then
     cluster.run("scancel", job)
     assert ended(cluster, job) == "CANCELLED"
     time.sleep(8)  # a job that came back would be in the queue again by now

@@ -148,7 +148,7 @@ def test_status_cancel_and_twice_the_same_without_accounting(launch: Launcher, s
     run, cluster = tmp_path / "run", launch.cluster
     told = training(shards, run, "epochs=4000", "nodes=2")
     (job,) = launch.submit(*told)
-    wait_until(lambda: published(run / "checkpoints"), 300)  # what a save needs has been imported then
+    wait_until(lambda: published(run / "checkpoints"))  # what a save needs has been imported then
     assert cluster.control("service", "stop", "slurmdbd").returncode == 0
     try:
         status = launch.status(run)["run/train"]
@@ -171,7 +171,7 @@ def test_what_is_cancelled_through_slurm_stays_so_and_the_same_command_goes_on(
 ) -> None:
     run, cluster = tmp_path / "run", launch.cluster
     (job,) = launch.submit(*training(shards, run, "epochs=4000"))
-    wait_until(lambda: published(run / "checkpoints"), 300)  # what a save needs has been imported then
+    wait_until(lambda: published(run / "checkpoints"))  # what a save needs has been imported then
     cluster.run("scancel", job)
     wait_until(lambda: gone(cluster), every_s=0.5)
     time.sleep(8)

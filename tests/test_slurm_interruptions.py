@@ -9,7 +9,7 @@ import pytest
 from tests.slurm_helpers import SlurmCluster
 
 
-@pytest.mark.timeout(3200)
+@pytest.mark.timeout(5200)
 def test_every_interruption_resumes_by_itself_and_the_end_is_the_same(
     slurm_cluster: SlurmCluster, shards: Path
 ) -> None:
@@ -24,7 +24,7 @@ def test_every_interruption_resumes_by_itself_and_the_end_is_the_same(
     ]
     environment = slurm_cluster.env | {"CXR_SLURM_DIR": str(slurm_cluster.folder)}
     result = subprocess.run(
-        [*call, "--events", *events], env=environment, capture_output=True, text=True, check=False, timeout=3000
+        [*call, "--events", *events], env=environment, capture_output=True, text=True, check=False, timeout=5000
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 interruptions of one run of 2 x 1 processes, which ended equal, bit for bit" in result.stdout

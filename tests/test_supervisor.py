@@ -2,16 +2,19 @@ import os
 import secrets
 import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cxr_vae.stopping import STOPPED_EXIT_CODE
 from launch.clusters import Job, in_background
 from launch.records import Attempt, RankEnd, Record
 from launch.stages import Stage
 from launch.starters import Here, free_port
-from launch.supervisor import decide, judge
+from launch.supervisor import Supervisor, decide, judge
 from tests.helpers import HANG_S
 
 
@@ -38,6 +41,21 @@ def ends(*codes: int | None) -> list[RankEnd]:
 )
 def test_every_rank_has_its_say_and_the_first_to_end_tells_why(codes: tuple[int | None, ...], outcome: str) -> None:
     assert judge(ends(*codes), 2, [0])[0] == outcome
+
+
+class BackInTheQueue(Here):
+    def requeue(self) -> None:
+        return None
+
+
+def test_back_in_the_queue_it_leaves_when_slurm_ends_it_and_not_before(tmp_path: Path) -> None:
+    supervisor = Supervisor(Stage("train", (), tmp_path, tmp_path), BackInTheQueue())
+    began = time.monotonic()
+    for after_s, number in ((0.5, signal.SIGUSR2), (3.0, signal.SIGTERM)):
+        threading.Timer(after_s, os.kill, (os.getpid(), number)).start()
+    with supervisor._signals_passed_on():
+        assert supervisor.requeue(Record.read(tmp_path / "train-7")) == STOPPED_EXIT_CODE
+    assert 3 <= time.monotonic() - began < 300  # it would have waited for 600
 
 
 @pytest.mark.parametrize(("code", "outcome"), [(0, "done"), (2, "mistake"), (75, "stopped"), (137, "crashed")])

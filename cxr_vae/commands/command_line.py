@@ -48,22 +48,23 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
     """
     code, message = 2, None
     try:
-        code = command(arguments)
-        sys.stdout.flush()  # here, where a reader that has gone is no error
-        return code
+        ended = command(arguments)
+        print(end="", flush=True)  # here, where a reader that has gone is no error, nor no stdout at all
+        return ended
     except UserError as error:
         message = str(error)
     except LostPeersError as error:
         code, message = 1, str(error)
         time.sleep(OTHERS_WAIT_S)  # the one that failed should be heard first; whoever started us may end us meanwhile
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _no_more_output()
         code = 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is not None or full:
             message = f"{error.filename or 'writing'}: {error.strerror}"
         if full:
+            _no_more_output()
             message = f"{message}; what is finished is kept: make room and run the same command again"
         if message is None:
             code = _bug(error)
@@ -89,6 +90,11 @@ def _bug(error: Exception) -> int:
     print(text, file=sys.stderr, flush=True)
     _tell_torchrun(text)
     return 1
+
+
+def _no_more_output() -> None:
+    """What is still to be flushed to stdout is lost: the interpreter's end would fail to, and exit with 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _tell(message: str, program: str, *, lost: bool) -> None:
