@@ -57,14 +57,14 @@ def run(command: Command, arguments: argparse.Namespace, program: str) -> int:
         code, message = 1, str(error)
         time.sleep(OTHERS_WAIT_S)  # the one that failed should be heard first; whoever started us may end us meanwhile
     except BrokenPipeError:  # `| head` has seen enough
-        _no_more_output()
+        _drop_what_can_not_be_printed()
         code = 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a lost mount, no permission: the machine's state, not a bug
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is not None or full:
             message = f"{error.filename or 'writing'}: {error.strerror}"
         if full:
-            _no_more_output()
+            _drop_what_can_not_be_printed()
             message = f"{message}; what is finished is kept: make room and run the same command again"
         if message is None:
             code = _bug(error)
@@ -92,9 +92,12 @@ def _bug(error: Exception) -> int:
     return 1
 
 
-def _no_more_output() -> None:
-    """What is still to be flushed to stdout is lost: the interpreter's end would fail to, and exit with 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _drop_what_can_not_be_printed() -> None:
+    """The interpreter's end would fail to flush it, say so, and exit with 120."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _tell(message: str, program: str, *, lost: bool) -> None:
