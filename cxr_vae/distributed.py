@@ -184,15 +184,20 @@ def _lost(store: Any, here: World, error: str) -> str:
     waited, names = WAITED.search(error), ""
     with suppress(RuntimeError):  # whoever keeps the store, rank 0 or torchrun, is gone
         store.set(f"{here.rank} answers", "")  # also where a rank that gave up before closed the connection
-        for _ in range(ROLL_CALLS if waited else 0):
-            time.sleep(ROLL_CALL_S)
-            silent = [rank for rank in range(here.size) if not store.check([f"{rank} answers"])]
-            names = ", ".join(_name(store, rank) for rank in silent)
-            if len(silent) <= 1:
-                break
+        names = ", ".join(_name(store, rank) for rank in _silent(store, here.size)) if waited else ""
     if not waited:
         return f"another process of this job has ended, and its own message says why ({error.splitlines()[0]})"
     return f"no sign of {names or 'the other ranks'} for {here.patience.total_seconds():.0f} s, while the others waited"
+
+
+def _silent(store: Any, size: int) -> list[int]:
+    """The ranks that don't answer, once there is but one, or none has answered for long enough."""
+    for _ in range(ROLL_CALLS):
+        time.sleep(ROLL_CALL_S)
+        silent = [rank for rank in range(size) if not store.check([f"{rank} answers"])]
+        if len(silent) <= 1:
+            break
+    return silent
 
 
 def _name(store: Any, rank: int) -> str:

@@ -110,8 +110,10 @@ if "cxr_vae" in sys.orig_argv:
 
 
 def held_after(steps: int, folder: Path) -> tuple[dict[str, str], Path]:
-    """An environment in which every training waits, after so many steps of each process, to be interrupted, or for a
-    file; and that file. However slow the machine, none ends before."""
+    """An environment in which trainings wait, after so many steps of a process, to be told to stop or for a file.
+
+    Returned with that file. However slow the machine, none ends before.
+    """
     go = folder / "go"
     return with_patch(folder, HELD.format(steps=steps, go=str(go))), go
 

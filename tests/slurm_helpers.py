@@ -29,13 +29,13 @@ class SlurmCluster:
         """Runs `slurm/local_cluster …` for this cluster."""
         command = [sys.executable, str(SCRIPT), *arguments, "--dir", str(self.folder)]
         return subprocess.run(
-            command, env=self.env | extra, capture_output=True, text=True, check=False, timeout=2 * HANG_S
+            command, env=self.env | extra, capture_output=True, text=True, check=False, timeout=HANG_S
         )
 
-    def run(self, *command: str, timeout: float = HANG_S) -> str:
+    def run(self, *command: str) -> str:
         """Runs a command that has to succeed; returns its output."""
         for _ in range(5):
-            result = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=timeout)
+            result = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=HANG_S)
             asks = command[0] in ("squeue", "sinfo", "sacct") or command[:2] == ("scontrol", "show")
             if not asks or "timed out" not in result.stderr:  # a busy machine's controller
                 break

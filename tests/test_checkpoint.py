@@ -12,72 +12,18 @@ from cxr_vae.checkpoints import parts
 from cxr_vae.checkpoints import saving as checkpoint
 from cxr_vae.checkpoints.manifest import name_of, published
 from cxr_vae.checkpoints.parts import read_tensors
-from cxr_vae.checkpoints.saving import Checkpoints, best_of
-from cxr_vae.checkpoints.state import TrainState
-from cxr_vae.config_file import load_config
-from cxr_vae.distributed import World
 from cxr_vae.errors import UserError
-from cxr_vae.training.schedules import ema_share
-from tests.helpers import HANG_S, TINY
-
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-
-
-def checkpoints(folder: Path, *options: str, train_hash: str = "abc", **how: Any) -> Checkpoints:
-    config = load_config(None, [*TINY, "every_minutes=1", *options])
-    return Checkpoints(folder, ALONE, config, {"train": train_hash}, **how)
-
-
-def save(folder: Path, state: TrainState, *options: str, test_loss: float | None = None) -> Path:
-    """Saves and waits; returns the checkpoint."""
-    saving = checkpoints(folder, *options)
-    saving.save(state, test_loss)
-    saving.wait()
-    return folder / name_of(state.step)
-
-
-def steps_in(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in published(folder)]
-
-
-def new_state(*options: str) -> TrainState:
-    return TrainState.create(load_config(None, [*TINY, *options]), ALONE.device)
-
-
-def advance(state: TrainState, steps: int = 1) -> TrainState:
-    """Steps with gradients that depend on the step, so that every tensor of the state moves."""
-    for _ in range(steps):
-        torch.manual_seed(state.step)
-        output = state.model(torch.rand(4, 1, 32, 32), torch.randn(4, 4))
-        (output.logits.square().mean() + output.mean.square().mean() + output.logvar.square().mean()).backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.add(torch.tensor([1.5, 0.25], dtype=torch.float64), 4, torch.tensor(True), ema_share(state.step, 0.9))
-        state.count(4)
-    return state
-
-
-def skip(state: TrainState) -> None:
-    """A step that changes nothing."""
-    state.add(torch.full((2,), torch.nan, dtype=torch.float64), 4, torch.tensor(False), ema_share(state.step, 0.9))
-    state.count(4)
-    state.num_skipped += 1
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def assert_equal(a: TrainState, b: TrainState) -> None:
-    assert_equal_tensors(a.state_dict(), b.state_dict())
-
-
-def assert_equal_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+from tests.checkpoint_helpers import (
+    advance,
+    assert_equal,
+    assert_equal_tensors,
+    checkpoints,
+    new_state,
+    save,
+    skip,
+    steps_in,
+)
+from tests.helpers import HANG_S
 
 
 @pytest.mark.parametrize("options", [(), ("ema_decay=0.9", "optimizer.name=adamw", "weight_decay=0.1")])
@@ -243,67 +189,6 @@ class TestSavingWhileTrainingGoesOn:
         saving.save(advance(new_state()))
         saving.wait()
         assert seen == [[]]
-
-
-class TestWhatIsKept:
-    def test_the_newest(self, tmp_path: Path) -> None:
-        state = new_state()
-        for _ in range(5):
-            save(tmp_path, advance(state), "keep=2", "checkpoint.best=false", test_loss=float(state.step))
-        (tmp_path / "step-0000000009.tmp").mkdir()
-        assert steps_in(tmp_path) == [5, 4]
-        assert checkpoints(tmp_path).load_latest(new_state())[0] == "step-0000000005"
-        assert steps_in(tmp_path) == [5, 4]
-        assert not (tmp_path / "step-0000000009.tmp").exists()  # what a kill left is cleared away
-
-    def test_those_at_multiples(self, tmp_path: Path) -> None:
-        state = new_state()
-        for _ in range(10):
-            save(tmp_path, advance(state), "keep=1", "checkpoint.every_steps=1", "keep_every=4")
-        assert steps_in(tmp_path) == [10, 8, 4]
-
-    def test_the_best_by_test_loss(self, tmp_path: Path) -> None:
-        state = new_state()
-        for loss in (9.0, 5.0, 7.0, None, 6.0):
-            save(tmp_path, advance(state), "keep=1", test_loss=loss)
-        assert steps_in(tmp_path) == [5, 2]
-        assert best_of(tmp_path) == tmp_path / name_of(2)
-
-    def test_a_test_loss_that_is_no_number_is_no_best(self, tmp_path: Path) -> None:
-        state = new_state()
-        for loss in (5.0, 9.0, float("nan")):
-            save(tmp_path, advance(state), "keep=1", test_loss=loss)
-        assert steps_in(tmp_path) == [3, 1]
-
-    def test_one_that_cannot_be_removed_is_no_reason_to_stop(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def refuse(*_: Any) -> None:
-            raise OSError(13, "Permission denied", "step-0000000001")
-
-        monkeypatch.setattr(checkpoint, "prune", refuse)
-        state = new_state()
-        for _ in range(2):
-            save(tmp_path, advance(state), "keep=1")
-        assert steps_in(tmp_path) == [2, 1]
-        assert "step-0000000001: an older checkpoint can't be removed (Permission denied)" in capsys.readouterr().out
-
-    def test_nothing_is_removed_for_one_that_does_not_read_back(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        state = new_state()
-        for _ in range(2):
-            save(tmp_path, advance(state), "keep=2")
-        write_manifest = checkpoint.write_manifest
-
-        def on_a_bad_disk(directory: Path, *arguments: Any) -> None:
-            write_manifest(directory, *arguments)
-            flip(next(directory.glob("*.safetensors")))
-
-        monkeypatch.setattr(checkpoint, "write_manifest", on_a_bad_disk)
-        with pytest.raises(UserError, match=r"doesn't read back from the disk: shard-.* is damaged"):
-            save(tmp_path, advance(state), "keep=1")
-        assert [path.name for path in sorted(tmp_path.iterdir())] == [name_of(1), name_of(2)]
 
 
 def test_when_a_checkpoint_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

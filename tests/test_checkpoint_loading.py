@@ -10,8 +10,8 @@ import torch
 
 from cxr_vae.checkpoints.manifest import name_of, published
 from cxr_vae.errors import UserError
+from tests.checkpoint_helpers import advance, assert_equal, checkpoints, flip, new_state, save
 from tests.ranks import on_ranks
-from tests.test_checkpoint import advance, assert_equal, checkpoints, flip, new_state, save
 
 
 def test_damaged_checkpoints_dont_stand_in_the_way_of_new_ones(tmp_path: Path) -> None:

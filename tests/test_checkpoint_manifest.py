@@ -11,7 +11,7 @@ import pytest
 
 from cxr_vae.checkpoints import manifest as checkpoint_manifest
 from cxr_vae.checkpoints.manifest import find_fault
-from tests.test_checkpoint import advance, assert_equal, checkpoints, flip, name_of, new_state, save
+from tests.checkpoint_helpers import advance, assert_equal, checkpoints, flip, name_of, new_state, save
 
 PART = "shard-00001.safetensors"
 

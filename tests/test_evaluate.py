@@ -20,12 +20,7 @@ from cxr_vae.evaluation.latent_pictures import save_latent_pictures
 from cxr_vae.models import VAE
 from cxr_vae.run_dir import RunDir
 from cxr_vae.training.run_log import read_epochs
-from tests.helpers import (
-    check_sentence,
-    command,
-    cxr_vae,
-    with_patch,
-)
+from tests.helpers import check_sentence, command, cxr_vae, with_patch
 
 OPTIONS = ("features=random", "num_generated=70", "num_real=40", "is_splits=4")
 

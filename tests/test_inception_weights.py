@@ -124,8 +124,10 @@ def test_a_strange_server_is_a_failed_download(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(inception_weights, "URL", f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth")
         threading.Thread(target=lambda: serve(server.accept()[0]), daemon=True).start()
+        began = time.monotonic()
         with pytest.raises(UserError, match=rf"can't be downloaded \(.*{reason}"):
             fetch_weights(timeout_s=60, within_s=1)
+        assert time.monotonic() - began < 30
     assert list(cache_path().parent.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,7 +161,9 @@ def test_down_ends_all_of_one_cluster_and_nothing_else(slurm_cluster: SlurmClust
     with local_cluster(short_path) as second:
         own, other = second.submit(f"sleep {pause}", "--output=/dev/null"), marked(slurm_cluster.folder)
         wait_until(lambda: second.state(own) == "RUNNING" and processes_with(pause), every_s=0.5)
+        start = time.monotonic()
         assert second.control("down").returncode == 0
+        assert time.monotonic() - start < 30  # nothing had to be waited for
         assert not processes_with(pause)
         assert not marked(second.folder)
         assert str(second.folder) not in Path("/proc/self/mountinfo").read_text()

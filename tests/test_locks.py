@@ -12,15 +12,7 @@ from cxr_vae import locks
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
 from cxr_vae.training.run_log import read_records
-from tests.helpers import (
-    HANG_S,
-    check_sentence,
-    command,
-    cxr_vae,
-    environment,
-    wait_until,
-    with_patch,
-)
+from tests.helpers import HANG_S, check_sentence, command, cxr_vae, environment, wait_until, with_patch
 from tests.test_train import arguments
 
 

@@ -82,8 +82,10 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 def end_after(call: list[Any], run: Path, metrics: Path, steps: int, number: signal.Signals) -> int:
     """Starts a command and sends it a signal once it has logged so many steps; returns its exit code."""
-    words, (held, _) = command("cxr-vae", *call), held_after(steps + 2, run.parent)
-    process = subprocess.Popen(words, env=held, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    held, _ = held_after(steps + 2, run.parent)
+    process = subprocess.Popen(
+        command("cxr-vae", *call), env=held, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and len(read_records(metrics)) < steps:
         time.sleep(0.005)
     assert process.poll() is None, "it ended before it could be told to"

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
-from tests.helpers import HANG_S, TINY, check_saved_at_its_end, cxr_vae, held_after, wait_until
+from tests.helpers import TINY, check_saved_at_its_end, cxr_vae, held_after, wait_until
 from tests.slurm_helpers import SlurmCluster
 
 SCRIPTS = sorted(Path("slurm").glob("*.sbatch"))
@@ -17,19 +17,32 @@ OPTIONS = ("configs/reference.yaml", *TINY, "checkpoint.every_steps=1000", "chec
 
 
 def sbatch(
-    cluster: SlurmCluster, log: Path, script: str, *arguments: object, nodes: int = 1, ranks: int = 1, path: str = ""
+    cluster: SlurmCluster,
+    log: Path,
+    script: str,
+    *arguments: object,
+    nodes: int = 1,
+    ranks: int = 1,
+    **variables: str,
 ) -> str:
-    """Queues a script; returns the job's id."""
+    """Queues a script, with environment `variables`; returns the job's id."""
     size = (f"--nodes={nodes}", "--cpus-per-task=2", f"--output={log}", "--mem=2G")
-    told = (f"CXR_PROCESSES_PER_NODE={ranks}", *([f"PYTHONPATH={path}"] if path else []))
-    call = ["env", *told, "sbatch", "--parsable", *size, f"slurm/{script}.sbatch"]
+    told = {"CXR_PROCESSES_PER_NODE": str(ranks)} | variables
+    call = [
+        "env",
+        *(f"{name}={value}" for name, value in told.items()),
+        "sbatch",
+        "--parsable",
+        *size,
+        f"slurm/{script}.sbatch",
+    ]
     return cluster.run(*call, *map(str, arguments)).strip()
 
 
-def ended(cluster: SlurmCluster, job: str, seconds: float = HANG_S) -> str:
+def ended(cluster: SlurmCluster, job: str) -> str:
     """Its state when it is over."""
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait_until(lambda: cluster.state(job) in over, seconds, every_s=0.5)
+    wait_until(lambda: cluster.state(job) in over, every_s=0.5)
     return cluster.state(job)
 
 
@@ -65,7 +78,7 @@ def test_shard_train_prior_and_evaluate_with_an_interruption_are_as_on_one_machi
 
     log, told = tmp_path / "train.log", [*OPTIONS, f"data.shards={shards}", "epochs=80"]
     held, go = held_after(30, tmp_path)
-    job = sbatch(cluster, log, "train", *told, f"run_dir={run}", nodes=2, ranks=2, path=held["PYTHONPATH"])
+    job = sbatch(cluster, log, "train", *told, f"run_dir={run}", nodes=2, ranks=2, PYTHONPATH=held["PYTHONPATH"])
     wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 20)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: published(run / "checkpoints"))

@@ -23,15 +23,7 @@ from cxr_vae.data.shards import num_shards, write_shards
 from cxr_vae.data.tars import Entry, Preprocessing, Shard, read_entries
 from cxr_vae.errors import UserError
 from cxr_vae.locks import DirectoryLock
-from tests.helpers import (
-    HANG_S,
-    check_sentence,
-    command,
-    cxr_vae,
-    draw_source,
-    environment,
-    with_patch,
-)
+from tests.helpers import HANG_S, check_sentence, command, cxr_vae, draw_source, environment, with_patch
 
 
 def same_files(a: Path, b: Path) -> bool:

@@ -12,15 +12,7 @@ import pytest
 from benchmarks.faults import same
 from cxr_vae.checkpoints.manifest import published
 from launch.records import records_of
-from tests.helpers import (
-    HANG_S,
-    TINY,
-    check_saved_at_its_end,
-    check_sentence,
-    command,
-    held_after,
-    wait_until,
-)
+from tests.helpers import HANG_S, TINY, check_saved_at_its_end, check_sentence, command, held_after, wait_until
 from tests.slurm_helpers import SlurmCluster
 
 SMALL = (*TINY, "cpus_per_process=1", "resources.memory_gb=1", "checkpoint.every_steps=1000")

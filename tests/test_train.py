@@ -104,7 +104,8 @@ def test_losses_of_an_epoch_are_the_means_of_its_steps(undisturbed: Path) -> Non
 def test_told_to_leave_by_any_signal_it_saves_and_the_end_is_the_same(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run, (held, _) = tmp_path / "run", held_after(4, tmp_path)
+    run = tmp_path / "run"
+    held, _ = held_after(4, tmp_path)
     call = command("cxr-vae", *arguments(shards, run, *LONG))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         done = len(read_records(run / "metrics.jsonl"))
