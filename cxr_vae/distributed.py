@@ -37,7 +37,10 @@ TORCHRUN_PATIENCE = timedelta(seconds=30)
 ROLL_CALL_S, ROLL_CALLS = 3.0, 10
 """How often, and how many times, ranks look who else gave up waiting: not all do so at the same moment."""
 
-WAITED = re.compile("timed out|timeout after", re.IGNORECASE)
+OF_GLOO = re.compile("gloo|application timeout", re.IGNORECASE)
+"""Of torch's errors in an operation over gloo: they name its file, or say that the end of another one ended it."""
+
+WAITED = re.compile("timed out|timeout after|application timeout", re.IGNORECASE)
 """Of torch's errors where another rank was waited for, in a collective operation or before the first one."""
 
 
@@ -169,7 +172,7 @@ def world(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[Worl
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         yield here
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or OF_GLOO.search(str(error)):
             raise LostPeersError(_lost(store, here, str(error))) from error
         raise
     gc.collect()  # see cxr_vae.training.train: a reference cycle would keep DistributedDataParallel

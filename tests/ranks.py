@@ -7,7 +7,9 @@ import gc
 import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ from cxr_vae.console import Progress
 from cxr_vae.data import reader
 from cxr_vae.data.dataset import open_dataset, open_split
 from cxr_vae.distributed import World, world
-from cxr_vae.errors import UserError
+from cxr_vae.errors import LostPeersError, UserError
 from cxr_vae.run_dir import RunDir
 from cxr_vae.stopping import StopSignal
 from cxr_vae.training.train import Training, train
 from launch.starters import free_port
-from tests.helpers import HANG_S, TINY
+from tests.helpers import HANG_S, TINY, wait_until
 
 
 def begin(here: World, shards: str, run_dir: str, *options: str) -> Training:
@@ -203,6 +205,21 @@ def alive_at_the_end(shards: str, run_dir: str, *options: str) -> int:
     assert train(load_config(None, [*TINY, f"data.shards={shards}", f"run_dir={run_dir}", *options]))
     (count,) = alive
     return count
+
+
+def two_sums_without_the_other(folder: str) -> str:
+    """What rank 0 says when it waits for the second of two sums that rank 1 stays away from; joins by itself."""
+    try:
+        with world("cpu", timedelta(seconds=15)) as here:
+            if here.rank == 1:
+                wait_until((Path(folder) / "rank0.pt").exists)
+                return ""
+            first = dist.all_reduce(torch.ones(1), async_op=True)
+            time.sleep(2)  # its time is over first, which ends the second
+            dist.all_reduce(torch.ones(1))
+            return f"{first} came"
+    except LostPeersError as error:
+        return str(error)
 
 
 def on_ranks(function: str, ranks: int, out: Path, *arguments: Any, joined: bool = True) -> list[Any]:

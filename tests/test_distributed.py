@@ -46,6 +46,12 @@ def test_a_rank_that_finds_out_later_is_not_taken_for_the_one_that_stalls(how: s
     late.join()
 
 
+def test_a_sum_that_ends_with_another_names_who_stayed_away_too(tmp_path: Path) -> None:
+    """gloo's error of the second doesn't say that it is gloo's: it came out as a bug, with a traceback."""
+    told, _ = on_ranks("two_sums_without_the_other", 2, tmp_path, tmp_path, joined=False)
+    assert re.fullmatch(r"no sign of rank 1 on \S+ \(process \d+\) for 15 s, while the others waited", told)
+
+
 @pytest.fixture(scope="module")
 def one_process(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Gradients of the first step as one process computes them, batch of 14 at once."""

@@ -15,7 +15,7 @@ import torch
 from cxr_vae.checkpoints.manifest import published
 from cxr_vae.training.guard import describe_nonfinite, gradient_norm
 from cxr_vae.training.run_log import read_records
-from tests.helpers import HANG_S, command, environment, processes_with, with_patch
+from tests.helpers import HANG_S, command, environment, processes_with, wait_until, with_patch
 from tests.ranks import on_ranks
 from tests.test_train import arguments
 
@@ -96,9 +96,7 @@ def test_a_rank_that_stalls_is_named(shards: Path, tmp_path: Path) -> None:
     stalled = rank_processes(tmp_path / "run", torchrun.pid)[1]
     os.kill(stalled, signal.SIGSTOP)
     try:
-        deadline = time.monotonic() + HANG_S
-        while "no sign of" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until(lambda: "no sign of" in (tmp_path / "log").read_text() or torchrun.poll() is not None)
         told = (tmp_path / "log").read_text()
         assert re.search(rf"no sign of rank \d on \S+ \(process {stalled}\) for 60 s, while the others waited", told)
     finally:
